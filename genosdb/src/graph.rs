@@ -1,0 +1,288 @@
+//! The rules by which operations and states merge into a graph (wire §4), over any store of nodes.
+//!
+//! A node is one register: of two versions the newer wins, value and edges together. A removal is a tombstone
+//! that wins over every version that is not newer. Equal timestamps: the local side stays.
+
+use std::collections::{BTreeMap, HashSet};
+
+use crate::clock::Hlc;
+use crate::json::{Json, JsonString};
+use crate::operation::{FullStateSync, Link, Node, Operation, Removal, Remove, Upsert};
+
+/// Where nodes and tombstones are kept. [`apply`] and [`merge`] hold the rules; a store only stores.
+pub trait Store {
+    /// What can go wrong in keeping.
+    type Error;
+
+    /// The timestamp of the node `id`, if there is one.
+    ///
+    /// # Errors
+    /// When the store fails, here and below.
+    fn timestamp(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error>;
+    /// When the node `id` was last removed, if it was.
+    fn removed(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error>;
+    /// How many nodes there are.
+    fn nodes(&mut self) -> Result<u64, Self::Error>;
+    /// Sets value and timestamp of a node; edges stay as they were, none for a new one.
+    fn set_value(&mut self, id: &JsonString, value: &Json, timestamp: Hlc) -> Result<(), Self::Error>;
+    /// Sets a whole node, edges included.
+    fn set_node(&mut self, node: &Node) -> Result<(), Self::Error>;
+    /// Adds an edge behind the others unless it is there, and sets the source's timestamp.
+    fn add_edge(&mut self, source: &JsonString, target: &JsonString, timestamp: Hlc) -> Result<(), Self::Error>;
+    /// Sets a node's timestamp alone.
+    fn touch(&mut self, id: &JsonString, timestamp: Hlc) -> Result<(), Self::Error>;
+    /// Drops a node, if it is there, and every edge to it.
+    fn drop_node(&mut self, id: &JsonString) -> Result<(), Self::Error>;
+    /// Sets or clears the tombstone of a node.
+    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> Result<(), Self::Error>;
+}
+
+/// What became of an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// It changed the graph, and belongs into the log.
+    Applied,
+    /// The graph holds something as new or newer.
+    Superseded,
+    /// A link whose source is not here, or an upsert whose node was gone when it was sent.
+    Incomplete,
+}
+
+/// Applies one upsert, remove or link. `wall_ms` is the time of day: timestamps too far ahead of it are capped.
+///
+/// Other operations are [`Outcome::Incomplete`]: they do not change a graph by themselves.
+///
+/// # Errors
+/// Those of the store.
+pub fn apply<S: Store>(store: &mut S, operation: &Operation, wall_ms: u64) -> Result<Outcome, S::Error> {
+    match operation {
+        Operation::Upsert(upsert) => apply_upsert(store, upsert, upsert.timestamp.capped(wall_ms)),
+        Operation::Remove(Remove { id, timestamp, .. }) => apply_removal(store, id, timestamp.capped(wall_ms)),
+        Operation::Link(link) => apply_link(store, link, link.timestamp.capped(wall_ms)),
+        Operation::Sync(_) | Operation::DeltaSync(_) | Operation::FullStateSync(_) => Ok(Outcome::Incomplete),
+    }
+}
+
+fn apply_upsert<S: Store>(store: &mut S, upsert: &Upsert, timestamp: Hlc) -> Result<Outcome, S::Error> {
+    let Some(value) = &upsert.value else { return Ok(Outcome::Incomplete) };
+    let removed = store.removed(&upsert.id)?;
+    if store.timestamp(&upsert.id)?.max(removed) >= Some(timestamp) {
+        return Ok(Outcome::Superseded);
+    }
+    store.set_value(&upsert.id, value, timestamp)?;
+    if removed.is_some() {
+        // The node itself is now newer than the tombstone, and guards against older versions as well.
+        store.set_removed(&upsert.id, None)?;
+    }
+    Ok(Outcome::Applied)
+}
+
+fn apply_removal<S: Store>(store: &mut S, id: &JsonString, timestamp: Hlc) -> Result<Outcome, S::Error> {
+    if store.timestamp(id)?.max(store.removed(id)?) >= Some(timestamp) {
+        return Ok(Outcome::Superseded);
+    }
+    store.drop_node(id)?;
+    store.set_removed(id, Some(timestamp))?;
+    Ok(Outcome::Applied)
+}
+
+fn apply_link<S: Store>(store: &mut S, link: &Link, timestamp: Hlc) -> Result<Outcome, S::Error> {
+    let Some(current) = store.timestamp(&link.source)? else { return Ok(Outcome::Incomplete) };
+    if current >= timestamp {
+        return Ok(Outcome::Superseded);
+    }
+    if store.removed(&link.target)?.is_some() {
+        // The target is gone, or was when a peer that did not know linked to it: no edge, but its mark on the source.
+        store.touch(&link.source, timestamp)?;
+    } else {
+        store.add_edge(&link.source, &link.target, timestamp)?;
+    }
+    Ok(Outcome::Applied)
+}
+
+/// What merging a full state did.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Merged {
+    /// The nodes that were taken over.
+    pub nodes: Vec<Node>,
+    /// The removals that were taken over.
+    pub removals: Vec<Removal>,
+    /// Whether this side holds something that the sender's state lacks, and should answer with its own.
+    pub sender_lacks: bool,
+}
+
+/// Merges a peer's full state node by node. `accept` may refuse a node (too large, too many): it is then left
+/// out as if the peer had not sent it.
+///
+/// # Errors
+/// Those of the store.
+pub fn merge<S: Store>(
+    store: &mut S,
+    state: &FullStateSync,
+    wall_ms: u64,
+    mut accept: impl FnMut(&Node) -> bool,
+) -> Result<Merged, S::Error> {
+    let mut merged = Merged::default();
+    for removal in &state.removals {
+        let timestamp = removal.timestamp.capped(wall_ms);
+        if apply_removal(store, &removal.id, timestamp)? == Outcome::Applied {
+            merged.removals.push(Removal { id: removal.id.clone(), timestamp });
+        }
+    }
+    let mut held = 0;
+    for node in &state.nodes {
+        let timestamp = node.timestamp.capped(wall_ms);
+        let removed = store.removed(&node.id)?;
+        if removed >= Some(timestamp) {
+            merged.sender_lacks = true;
+            continue;
+        }
+        match store.timestamp(&node.id)? {
+            Some(current) if current >= timestamp => {
+                merged.sender_lacks |= current > timestamp;
+                held += 1;
+            }
+            current => {
+                if !accept(node) {
+                    held += u64::from(current.is_some());
+                    continue;
+                }
+                if removed.is_some() {
+                    store.set_removed(&node.id, None)?;
+                }
+                merged.nodes.push(Node { timestamp, ..node.clone() });
+                held += 1;
+            }
+        }
+    }
+    // Only now is it known which targets are gone: an edge to a removed node goes with it, as it does where the
+    // removal is applied, whichever of the two comes first.
+    for node in &mut merged.nodes {
+        let mut edges = Vec::with_capacity(node.edges.len());
+        let mut seen = HashSet::new();
+        for target in std::mem::take(&mut node.edges) {
+            if store.removed(&target)?.is_none() && seen.insert(target.clone()) {
+                edges.push(target);
+            }
+        }
+        node.edges = edges;
+        store.set_node(node)?;
+    }
+    merged.sender_lacks |= store.nodes()? > held;
+    Ok(merged)
+}
+
+/// A graph in memory: a client's side in tests, and the measure that other stores are compared with.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MemoryGraph {
+    nodes: BTreeMap<JsonString, Node>,
+    removals: BTreeMap<JsonString, Hlc>,
+}
+
+impl MemoryGraph {
+    /// Applies one operation, see [`apply`].
+    pub fn apply(&mut self, operation: &Operation, wall_ms: u64) -> Outcome {
+        let Ok(outcome) = apply(self, operation, wall_ms);
+        outcome
+    }
+
+    /// Merges a full state, see [`merge`].
+    pub fn merge(&mut self, state: &FullStateSync, wall_ms: u64) -> Merged {
+        let Ok(merged) = merge(self, state, wall_ms, |_| true);
+        merged
+    }
+
+    /// The node `id`.
+    pub fn get(&self, id: &str) -> Option<&Node> {
+        self.nodes.get(&JsonString::new(id))
+    }
+
+    /// Every node, ordered by id.
+    pub fn iter(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// The whole graph as a full state.
+    pub fn full_state(&self) -> FullStateSync {
+        let removals = self.removals.iter().map(|(id, at)| Removal { id: id.clone(), timestamp: *at }).collect();
+        FullStateSync {
+            nodes: self.nodes.values().cloned().collect(),
+            removals,
+            timestamp: self.latest(),
+            extra: Vec::new(),
+        }
+    }
+
+    /// The highest timestamp in the graph.
+    pub fn latest(&self) -> Option<Hlc> {
+        let nodes = self.nodes.values().map(|node| node.timestamp).max();
+        nodes.max(self.removals.values().copied().max())
+    }
+}
+
+impl Store for MemoryGraph {
+    type Error = std::convert::Infallible;
+
+    fn timestamp(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error> {
+        Ok(self.nodes.get(id).map(|node| node.timestamp))
+    }
+
+    fn removed(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error> {
+        Ok(self.removals.get(id).copied())
+    }
+
+    fn nodes(&mut self) -> Result<u64, Self::Error> {
+        Ok(u64::try_from(self.nodes.len()).unwrap_or(u64::MAX))
+    }
+
+    fn set_value(&mut self, id: &JsonString, value: &Json, timestamp: Hlc) -> Result<(), Self::Error> {
+        let node = self.nodes.entry(id.clone()).or_insert_with(|| Node {
+            id: id.clone(),
+            value: None,
+            edges: Vec::new(),
+            timestamp,
+            extra: Vec::new(),
+        });
+        node.value = Some(value.clone());
+        node.timestamp = timestamp;
+        Ok(())
+    }
+
+    fn set_node(&mut self, node: &Node) -> Result<(), Self::Error> {
+        self.nodes.insert(node.id.clone(), node.clone());
+        Ok(())
+    }
+
+    fn add_edge(&mut self, source: &JsonString, target: &JsonString, timestamp: Hlc) -> Result<(), Self::Error> {
+        if let Some(node) = self.nodes.get_mut(source) {
+            if !node.edges.contains(target) {
+                node.edges.push(target.clone());
+            }
+            node.timestamp = timestamp;
+        }
+        Ok(())
+    }
+
+    fn touch(&mut self, id: &JsonString, timestamp: Hlc) -> Result<(), Self::Error> {
+        if let Some(node) = self.nodes.get_mut(id) {
+            node.timestamp = timestamp;
+        }
+        Ok(())
+    }
+
+    fn drop_node(&mut self, id: &JsonString) -> Result<(), Self::Error> {
+        self.nodes.remove(id);
+        for node in self.nodes.values_mut() {
+            node.edges.retain(|target| target != id);
+        }
+        Ok(())
+    }
+
+    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> Result<(), Self::Error> {
+        match timestamp {
+            Some(timestamp) => self.removals.insert(id.clone(), timestamp),
+            None => self.removals.remove(id),
+        };
+        Ok(())
+    }
+}

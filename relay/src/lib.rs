@@ -1,0 +1,1 @@
+//! A Nostr relay made for signalling.

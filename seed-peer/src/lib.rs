@@ -1,0 +1,1 @@
+//! A headless GenosDB peer that stays in rooms and archives every operation.

@@ -1,0 +1,1 @@
+//! What every Homeport service needs: settings, metrics, health, shutdown.
