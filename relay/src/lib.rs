@@ -1,1 +1,13 @@
-//! A Nostr relay made for signalling.
+//! A Nostr relay made for signalling: ephemeral events go straight to whoever subscribed to them, through an
+//! index by kind, tag and value, and are never stored (NIP-01, NIP-11).
+
+mod connection;
+mod event;
+mod filter;
+mod information;
+mod message;
+mod metrics;
+mod server;
+mod subscriptions;
+
+pub use server::{Config, Limits, Server, StartError};

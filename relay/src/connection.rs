@@ -1,0 +1,301 @@
+//! One client's connection: reads its messages, writes what is for it.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use futures_util::SinkExt as _;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::event::Event;
+use crate::filter::{Filter, FilterError};
+use crate::message::{ClientMessage, MessageError, relay_message};
+use crate::server::Relay;
+use crate::subscriptions::Subscription;
+
+/// Events that wait for one client, at most.
+const QUEUE_EVENTS: usize = 1024;
+/// Bytes of events that wait for one client, at most.
+const QUEUE_BYTES: usize = 2 << 20;
+/// A client that takes nothing for so long is cut off.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How often a client is asked whether it is still there.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+/// A client of which nothing was heard for so long is gone.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// Messages in a row that are not Nostr before a client is cut off.
+const MAX_MALFORMED: usize = 32;
+
+/// An event on its way to one subscription.
+#[derive(Debug)]
+pub(crate) struct Delivery {
+    subscription: Arc<Subscription>,
+    event: Arc<str>,
+}
+
+/// The bounded queue in front of one client.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    queue: mpsc::Sender<Delivery>,
+    bytes: AtomicUsize,
+}
+
+impl Outbox {
+    pub(crate) fn new() -> (Arc<Self>, mpsc::Receiver<Delivery>) {
+        let (queue, receiver) = mpsc::channel(QUEUE_EVENTS);
+        (Arc::new(Self { queue, bytes: AtomicUsize::new(0) }), receiver)
+    }
+
+    /// Queues an event for a subscription of this client. Returns whether there was room: a client that reads too
+    /// slowly loses ephemeral events rather than holding up the others.
+    pub(crate) fn deliver(&self, subscription: &Arc<Subscription>, event: &Arc<str>) -> bool {
+        if self.bytes.load(Ordering::Relaxed) + event.len() > QUEUE_BYTES {
+            return false;
+        }
+        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event) };
+        let queued = self.queue.try_send(delivery).is_ok();
+        if queued {
+            self.bytes.fetch_add(event.len(), Ordering::Relaxed);
+        }
+        queued
+    }
+}
+
+/// Serves one client until it leaves, misbehaves or `stop` is cancelled.
+pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, stop: CancellationToken) {
+    relay.metrics.connections.inc();
+    let (outbox, deliveries) = Outbox::new();
+    let mut connection = Connection { socket, relay, outbox, subscriptions: HashMap::new(), malformed: 0 };
+    let reason = connection.run(deliveries, stop).await;
+    connection.relay.metrics.disconnects.with_label_values(&[reason.label()]).inc();
+    if let Some((code, text)) = reason.close_frame() {
+        let frame = Message::Close(Some(CloseFrame { code, reason: text.into() }));
+        // The client may be gone already: that is what this is about.
+        let _ = timeout(Duration::from_millis(500), connection.socket.send(frame)).await;
+    }
+    connection.relay.metrics.connections.dec();
+}
+
+/// Why a connection ended.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Left,
+    Stalled,
+    Silent,
+    TooLarge,
+    Malformed,
+    Shutdown,
+}
+
+impl End {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Left => "left",
+            Self::Stalled => "stalled",
+            Self::Silent => "silent",
+            Self::TooLarge => "too_large",
+            Self::Malformed => "malformed",
+            Self::Shutdown => "shutdown",
+        }
+    }
+
+    fn close_frame(self) -> Option<(u16, &'static str)> {
+        match self {
+            Self::Left | Self::Silent | Self::Stalled => None,
+            Self::TooLarge => Some((close_code::SIZE, "message too large")),
+            Self::Malformed => Some((close_code::POLICY, "not Nostr")),
+            Self::Shutdown => Some((close_code::RESTART, "restarting")),
+        }
+    }
+}
+
+struct Connection {
+    socket: WebSocket,
+    relay: Arc<Relay>,
+    outbox: Arc<Outbox>,
+    subscriptions: HashMap<String, Arc<Subscription>>,
+    malformed: usize,
+}
+
+impl Connection {
+    async fn run(&mut self, mut deliveries: mpsc::Receiver<Delivery>, stop: CancellationToken) -> End {
+        let mut ping = tokio::time::interval(PING_INTERVAL);
+        ping.reset();
+        let mut heard = Instant::now();
+        loop {
+            let step = tokio::select! {
+                message = self.socket.recv() => {
+                    heard = Instant::now();
+                    self.receive(message).await
+                }
+                Some(delivery) = deliveries.recv() => self.send_events(delivery, &mut deliveries).await,
+                _ = ping.tick() => {
+                    if heard.elapsed() > IDLE_TIMEOUT {
+                        ControlFlow::Break(End::Silent)
+                    } else {
+                        self.send(Message::Ping(Default::default())).await
+                    }
+                }
+                () = stop.cancelled() => ControlFlow::Break(End::Shutdown),
+            };
+            if let ControlFlow::Break(end) = step {
+                return end;
+            }
+        }
+    }
+
+    async fn receive(&mut self, message: Option<Result<Message, axum::Error>>) -> ControlFlow<End> {
+        let text = match message {
+            Some(Ok(Message::Text(text))) => text,
+            Some(Ok(Message::Ping(_) | Message::Pong(_))) => return ControlFlow::Continue(()),
+            Some(Ok(Message::Binary(_))) => return self.refuse_message("invalid: binary messages are not Nostr").await,
+            Some(Ok(Message::Close(_))) | None => return ControlFlow::Break(End::Left),
+            Some(Err(error)) => return ControlFlow::Break(end_of(&error)),
+        };
+        match ClientMessage::parse(text.as_str()) {
+            Ok(message) => {
+                self.malformed = 0;
+                self.relay.metrics.messages.with_label_values(&[message.verb()]).inc();
+                match message {
+                    ClientMessage::Event { event, raw } => self.publish(&event, raw).await,
+                    ClientMessage::Req { subscription, filters } => self.subscribe(subscription, &filters).await,
+                    ClientMessage::Close { subscription } => {
+                        self.unsubscribe(&subscription);
+                        ControlFlow::Continue(())
+                    }
+                }
+            }
+            Err(MessageError::Event { id: Some(id), reason }) => {
+                self.relay.metrics.event("malformed", "unknown");
+                self.send_text(relay_message::ok(&id, false, &format!("invalid: {reason}"))).await
+            }
+            Err(error) => self.refuse_message(&error.to_string()).await,
+        }
+    }
+
+    /// Answers what is no message of Nostr; a client that sends nothing else is cut off.
+    async fn refuse_message(&mut self, reason: &str) -> ControlFlow<End> {
+        self.relay.metrics.messages.with_label_values(&["malformed"]).inc();
+        self.malformed += 1;
+        if self.malformed > MAX_MALFORMED {
+            return ControlFlow::Break(End::Malformed);
+        }
+        self.send_text(relay_message::notice(reason)).await
+    }
+
+    async fn publish(&mut self, event: &Event<'_>, raw: &str) -> ControlFlow<End> {
+        let (accepted, reason) = match self.relay.accept(event) {
+            Ok(()) => {
+                self.relay.deliver(event, raw);
+                (true, String::new())
+            }
+            Err(refusal) => (false, refusal.to_string()),
+        };
+        self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await
+    }
+
+    async fn subscribe(&mut self, id: String, filters: &[&str]) -> ControlFlow<End> {
+        // A REQ under an id in use replaces that subscription (NIP-01), also when it is refused.
+        self.unsubscribe(&id);
+        match self.accept_filters(filters) {
+            Ok(filters) => {
+                let subscription = self.relay.subscriptions.add(&id, filters, Arc::clone(&self.outbox));
+                self.relay.metrics.subscriptions.inc();
+                let eose = relay_message::eose(&id);
+                self.subscriptions.insert(id, subscription);
+                // Nothing is stored: what was stored has been sent.
+                self.send_text(eose).await
+            }
+            Err(reason) => self.send_text(relay_message::closed(&id, &reason)).await,
+        }
+    }
+
+    fn accept_filters(&self, filters: &[&str]) -> Result<Vec<Filter>, String> {
+        let limits = &self.relay.limits;
+        if self.subscriptions.len() >= limits.subscriptions {
+            return Err(format!("rate-limited: {} subscriptions per connection at most", limits.subscriptions));
+        }
+        if filters.len() > limits.filters {
+            return Err(format!("invalid: {} filters per subscription at most", limits.filters));
+        }
+        filters
+            .iter()
+            .map(|filter| Filter::parse(filter, limits.filter_values))
+            .collect::<Result<_, FilterError>>()
+            .map_err(|error| error.to_string())
+    }
+
+    fn unsubscribe(&mut self, id: &str) {
+        if let Some(subscription) = self.subscriptions.remove(id) {
+            self.relay.subscriptions.remove(&subscription);
+            self.relay.metrics.subscriptions.dec();
+        }
+    }
+
+    /// Writes a queued event, and all that queued up behind it, before the socket is flushed.
+    async fn send_events(&mut self, first: Delivery, deliveries: &mut mpsc::Receiver<Delivery>) -> ControlFlow<End> {
+        let mut next = Some(first);
+        let mut sent: u64 = 0;
+        let writing = async {
+            while let Some(Delivery { subscription, event }) = next.take() {
+                self.outbox.bytes.fetch_sub(event.len(), Ordering::Relaxed);
+                let mut text = String::with_capacity(subscription.prefix.len() + event.len() + 1);
+                text.push_str(&subscription.prefix);
+                text.push_str(&event);
+                text.push(']');
+                self.socket.feed(Message::Text(text.into())).await?;
+                sent += 1;
+                next = deliveries.try_recv().ok();
+            }
+            self.socket.flush().await
+        };
+        let result = timeout(WRITE_TIMEOUT, writing).await;
+        self.relay.metrics.deliveries.inc_by(sent);
+        written(result)
+    }
+
+    async fn send_text(&mut self, text: String) -> ControlFlow<End> {
+        self.send(Message::Text(text.into())).await
+    }
+
+    async fn send(&mut self, message: Message) -> ControlFlow<End> {
+        written(timeout(WRITE_TIMEOUT, self.socket.send(message)).await)
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let ids: Vec<String> = self.subscriptions.keys().cloned().collect();
+        for id in ids {
+            self.unsubscribe(&id);
+        }
+    }
+}
+
+fn written(result: Result<Result<(), axum::Error>, tokio::time::error::Elapsed>) -> ControlFlow<End> {
+    match result {
+        Ok(Ok(())) => ControlFlow::Continue(()),
+        Ok(Err(_)) => ControlFlow::Break(End::Left),
+        Err(_) => ControlFlow::Break(End::Stalled),
+    }
+}
+
+/// What a failed read says about the client.
+fn end_of(error: &axum::Error) -> End {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        match cause.downcast_ref::<tokio_tungstenite::tungstenite::Error>() {
+            Some(tokio_tungstenite::tungstenite::Error::Capacity(_)) => return End::TooLarge,
+            Some(
+                tokio_tungstenite::tungstenite::Error::Protocol(_) | tokio_tungstenite::tungstenite::Error::Utf8(_),
+            ) => return End::Malformed,
+            _ => source = cause.source(),
+        }
+    }
+    End::Left
+}

@@ -1,0 +1,157 @@
+//! Filters of a subscription (NIP-01).
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::Value;
+
+use crate::event::{Event, parse_lower_hex};
+
+/// How far a client's clock may be off before it loses ephemeral events, in seconds: their `created_at` comes
+/// from one client's clock, `since` from another's, and neither is ours.
+pub(crate) const CLOCK_SKEW_SECONDS: u64 = 60;
+
+/// Which events a subscription asks for. A list that is absent lets everything pass; an empty one nothing.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Filter {
+    pub(crate) ids: Option<BTreeSet<[u8; 32]>>,
+    pub(crate) authors: Option<BTreeSet<[u8; 32]>>,
+    pub(crate) kinds: Option<BTreeSet<u16>>,
+    /// By tag letter, the values that are asked for.
+    pub(crate) tags: BTreeMap<u8, BTreeSet<Box<str>>>,
+    pub(crate) since: Option<u64>,
+    pub(crate) until: Option<u64>,
+    /// Only for stored events, of which there are none.
+    pub(crate) limit: Option<u64>,
+}
+
+/// A filter that cannot be served; the message goes to the client.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum FilterError {
+    #[error("invalid: a filter must be an object")]
+    NotAnObject,
+    #[error("invalid: filter key {0} has the wrong type")]
+    Type(&'static str),
+    #[error("unsupported: unknown filter key")]
+    UnknownKey,
+    #[error("invalid: a filter may hold {0} values at most")]
+    TooManyValues(usize),
+}
+
+impl Filter {
+    /// Parses a filter that may hold up to `max_values` values in all its lists together.
+    pub(crate) fn parse(json: &str, max_values: usize) -> Result<Self, FilterError> {
+        let Ok(Value::Object(members)) = serde_json::from_str(json) else { return Err(FilterError::NotAnObject) };
+        let values = members.values().map(|value| value.as_array().map_or(0, Vec::len)).sum::<usize>();
+        if values > max_values {
+            return Err(FilterError::TooManyValues(max_values));
+        }
+        let mut filter = Self::default();
+        for (key, value) in &members {
+            match key.as_str() {
+                "ids" => filter.ids = Some(hex_list(value).ok_or(FilterError::Type("ids"))?),
+                "authors" => filter.authors = Some(hex_list(value).ok_or(FilterError::Type("authors"))?),
+                "kinds" => {
+                    let kind = |kind: &Value| kind.as_u64().and_then(|kind| u16::try_from(kind).ok());
+                    filter.kinds = Some(list(value, kind).ok_or(FilterError::Type("kinds"))?);
+                }
+                "since" => filter.since = Some(value.as_u64().ok_or(FilterError::Type("since"))?),
+                "until" => filter.until = Some(value.as_u64().ok_or(FilterError::Type("until"))?),
+                "limit" => filter.limit = Some(value.as_u64().ok_or(FilterError::Type("limit"))?),
+                _ => match key.as_bytes() {
+                    [b'#', letter] if letter.is_ascii_alphabetic() => {
+                        let values = list(value, |value| value.as_str().map(Into::into));
+                        filter.tags.insert(*letter, values.ok_or(FilterError::Type("of a tag"))?);
+                    }
+                    _ => return Err(FilterError::UnknownKey),
+                },
+            }
+        }
+        Ok(filter)
+    }
+
+    /// Whether an ephemeral event passes, which [`CLOCK_SKEW_SECONDS`] of difference between clocks do not hinder.
+    pub(crate) fn matches(&self, event: &Event<'_>) -> bool {
+        let listed = |list: &Option<BTreeSet<[u8; 32]>>, one| list.as_ref().is_none_or(|list| list.contains(one));
+        listed(&self.ids, &event.id)
+            && listed(&self.authors, &event.pubkey)
+            && self.kinds.as_ref().is_none_or(|kinds| kinds.contains(&event.kind))
+            && self.since.is_none_or(|since| event.created_at.saturating_add(CLOCK_SKEW_SECONDS) >= since)
+            && self.until.is_none_or(|until| event.created_at <= until.saturating_add(CLOCK_SKEW_SECONDS))
+            && self.tags.iter().all(|(letter, values)| {
+                event.letter_tags().any(|(name, value)| name == *letter && values.contains(value))
+            })
+    }
+}
+
+fn list<T: Ord>(value: &Value, parse: impl Fn(&Value) -> Option<T>) -> Option<BTreeSet<T>> {
+    value.as_array()?.iter().map(parse).collect()
+}
+
+fn hex_list(value: &Value) -> Option<BTreeSet<[u8; 32]>> {
+    list(value, |value| parse_lower_hex(value.as_str()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(created_at: u64) -> Event<'static> {
+        Event {
+            id: [1; 32],
+            pubkey: [2; 32],
+            created_at,
+            kind: 22_718,
+            tags: vec![vec!["x".into(), "topic".into()], vec!["e".into()], vec!["long".into(), "topic".into()]],
+            content: "".into(),
+            sig: [0; 64],
+        }
+    }
+
+    fn matches(json: &str) -> bool {
+        Filter::parse(json, 100).unwrap().matches(&event(1_000_000))
+    }
+
+    #[test]
+    fn every_condition_must_hold() {
+        for (filter, expected) in [
+            ("{}", true),
+            (r##"{"kinds":[22718],"#x":["topic"]}"##, true),
+            (r##"{"kinds":[1,22718],"#x":["other","topic"],"since":1000000,"limit":0}"##, true),
+            (r##"{"kinds":[1],"#x":["topic"]}"##, false),
+            (r##"{"kinds":[22718],"#x":["other"]}"##, false),
+            (r#"{"kinds":[]}"#, false),
+            (r##"{"#x":[]}"##, false),
+            (r##"{"#e":["topic"]}"##, false),
+            (r##"{"#y":["topic"]}"##, false),
+            (r#"{"ids":["0101010101010101010101010101010101010101010101010101010101010101"]}"#, true),
+            (r#"{"authors":["0101010101010101010101010101010101010101010101010101010101010101"]}"#, false),
+            (r#"{"since":1000060}"#, true),
+            (r#"{"since":1000061}"#, false),
+            (r#"{"until":999940}"#, true),
+            (r#"{"until":999939}"#, false),
+        ] {
+            assert_eq!(matches(filter), expected, "{filter}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_filter_is_refused() {
+        for (filter, error) in [
+            ("[]", FilterError::NotAnObject),
+            ("{", FilterError::NotAnObject),
+            (r#"{"kinds":22718}"#, FilterError::Type("kinds")),
+            (r#"{"kinds":[65536]}"#, FilterError::Type("kinds")),
+            (r#"{"ids":["ABCD"]}"#, FilterError::Type("ids")),
+            (r#"{"authors":[1]}"#, FilterError::Type("authors")),
+            (r#"{"since":-1}"#, FilterError::Type("since")),
+            (r##"{"#x":[1]}"##, FilterError::Type("of a tag")),
+            (r##"{"#xy":["a"]}"##, FilterError::UnknownKey),
+            (r#"{"search":"a"}"#, FilterError::UnknownKey),
+        ] {
+            assert_eq!(Filter::parse(filter, 100), Err(error), "{filter}");
+        }
+        let many: Vec<u32> = (0..101).collect();
+        let filter = serde_json::json!({ "kinds": many }).to_string();
+        assert_eq!(Filter::parse(&filter, 100), Err(FilterError::TooManyValues(100)));
+    }
+}

@@ -1,0 +1,72 @@
+//! What the relay counts.
+
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+
+/// The relay's metrics; none is labelled by anything that a client chooses.
+#[derive(Debug, Clone)]
+pub(crate) struct Metrics {
+    pub(crate) connections: IntGauge,
+    pub(crate) disconnects: IntCounterVec,
+    pub(crate) subscriptions: IntGauge,
+    pub(crate) messages: IntCounterVec,
+    events: IntCounterVec,
+    pub(crate) deliveries: IntCounter,
+    pub(crate) drops: IntCounterVec,
+    pub(crate) verification_seconds: Histogram,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let metrics = Self {
+            connections: IntGauge::new("homeport_relay_connections", "Clients that are connected now.")?,
+            disconnects: IntCounterVec::new(
+                Opts::new("homeport_relay_disconnects_total", "Connections that ended, by reason."),
+                &["reason"],
+            )?,
+            subscriptions: IntGauge::new("homeport_relay_subscriptions", "Subscriptions that are open now.")?,
+            messages: IntCounterVec::new(
+                Opts::new("homeport_relay_messages_total", "Messages that clients sent, by verb; malformed ones too."),
+                &["verb"],
+            )?,
+            events: IntCounterVec::new(
+                Opts::new("homeport_relay_events_total", "Events that clients published, by result and class."),
+                &["result", "class"],
+            )?,
+            deliveries: IntCounter::new(
+                "homeport_relay_deliveries_total",
+                "Events written to a subscriber; one event counts once for each.",
+            )?,
+            drops: IntCounterVec::new(
+                Opts::new("homeport_relay_drops_total", "Deliveries that were dropped, by reason."),
+                &["reason"],
+            )?,
+            verification_seconds: Histogram::with_opts(
+                HistogramOpts::new(
+                    "homeport_relay_verification_seconds",
+                    "Time to check id and signature of an event.",
+                )
+                .buckets(vec![2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3]),
+            )?,
+        };
+        registry.register(Box::new(metrics.connections.clone()))?;
+        registry.register(Box::new(metrics.disconnects.clone()))?;
+        registry.register(Box::new(metrics.subscriptions.clone()))?;
+        registry.register(Box::new(metrics.messages.clone()))?;
+        registry.register(Box::new(metrics.events.clone()))?;
+        registry.register(Box::new(metrics.deliveries.clone()))?;
+        registry.register(Box::new(metrics.drops.clone()))?;
+        registry.register(Box::new(metrics.verification_seconds.clone()))?;
+        // Series that a dashboard asks for are there from the start, not from the first event on.
+        for verb in ["EVENT", "REQ", "CLOSE", "malformed"] {
+            metrics.messages.with_label_values(&[verb]);
+        }
+        metrics.events.with_label_values(&["accepted", "ephemeral"]);
+        metrics.drops.with_label_values(&["slow_client"]);
+        Ok(metrics)
+    }
+
+    /// Counts a published event.
+    pub(crate) fn event(&self, result: &str, class: &str) {
+        self.events.with_label_values(&[result, class]).inc();
+    }
+}

@@ -1,0 +1,249 @@
+//! The relay as a running service.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State;
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use service::{BindError, Health, Telemetry, listen};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::connection;
+use crate::event::{Event, VerifyError};
+use crate::information;
+use crate::metrics::Metrics;
+use crate::subscriptions::Subscriptions;
+
+/// How long open connections get to say goodbye at shutdown.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// What a client may ask of the relay. All of it stands in the NIP-11 document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes of one WebSocket message. Default 131,072.
+    pub message_bytes: usize,
+    /// Connections at a time. Default 10,000.
+    pub connections: usize,
+    /// Subscriptions of one connection. Default 512.
+    pub subscriptions: usize,
+    /// Filters of one subscription. Default 32.
+    pub filters: usize,
+    /// Values in all lists of one filter. Default 2,048; Trystero sends 500.
+    pub filter_values: usize,
+    /// Tags of one event. Default 128.
+    pub event_tags: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            message_bytes: 128 << 10,
+            connections: 10_000,
+            subscriptions: 512,
+            filters: 32,
+            filter_values: 2_048,
+            event_tags: 128,
+        }
+    }
+}
+
+/// How to run the relay.
+#[derive(Debug)]
+pub struct Config {
+    /// Where to listen for WebSocket and HTTP.
+    pub listen: SocketAddr,
+    /// What a client may ask.
+    pub limits: Limits,
+    /// Other pages to serve on the same port, such as `/client-config.json`.
+    pub routes: Router,
+}
+
+/// The relay could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The address cannot be listened on.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// A metric is registered twice.
+    #[error(transparent)]
+    Metrics(#[from] prometheus::Error),
+}
+
+/// A running relay.
+#[derive(Debug)]
+pub struct Server {
+    address: SocketAddr,
+    telemetry: Telemetry,
+    stop: CancellationToken,
+    connections: TaskTracker,
+    task: JoinHandle<std::io::Result<()>>,
+}
+
+impl Server {
+    /// Starts the relay.
+    ///
+    /// # Errors
+    /// [`StartError`], which names the setting at fault.
+    pub fn bind(config: Config) -> Result<Self, StartError> {
+        let telemetry = Telemetry::default();
+        let metrics = Metrics::register(&telemetry.registry)?;
+        let listener = listen::tcp("relay.listen", config.listen)?;
+        let address = listener.local_addr().unwrap_or(config.listen);
+        let stop = CancellationToken::new();
+        let connections = TaskTracker::new();
+        let relay = Arc::new(Relay {
+            limits: config.limits,
+            subscriptions: Subscriptions::default(),
+            metrics,
+            stop: stop.clone(),
+            connections: connections.clone(),
+        });
+        let router = Router::new().route("/", get(root)).with_state(relay).merge(config.routes);
+        let stopped = stop.clone().cancelled_owned();
+        let task = tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await });
+        telemetry.health.set("relay", service::State::Ok);
+        Ok(Self { address, telemetry, stop, connections, task })
+    }
+
+    /// The address in use, with the port that the system chose when it was 0.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The relay's metrics and health.
+    pub fn telemetry(&self) -> &Telemetry {
+        &self.telemetry
+    }
+
+    /// The relay's health.
+    pub fn health(&self) -> &Health {
+        &self.telemetry.health
+    }
+
+    /// Stops accepting, tells every client that it may reconnect elsewhere (1012), and ends within about a second.
+    pub async fn shutdown(self) {
+        self.stop.cancel();
+        self.connections.close();
+        if tokio::time::timeout(DRAIN, self.connections.wait()).await.is_err() {
+            tracing::debug!(left = self.connections.len(), "clients did not take their goodbye in time");
+        }
+        self.task.abort();
+        match self.task.await {
+            Ok(Err(error)) => tracing::warn!(%error, "the relay's listener had failed"),
+            Err(error) if error.is_panic() => tracing::error!("the relay's listener had panicked"),
+            _ => {}
+        }
+    }
+}
+
+/// What all connections share.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    pub(crate) limits: Limits,
+    pub(crate) subscriptions: Subscriptions,
+    pub(crate) metrics: Metrics,
+    stop: CancellationToken,
+    connections: TaskTracker,
+}
+
+/// Why an event is not accepted; the message goes to the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refusal {
+    #[error("blocked: this relay stores nothing, only ephemeral kinds (20000 to 29999) are accepted")]
+    NotEphemeral,
+    #[error("invalid: too many tags")]
+    TooManyTags,
+    #[error("invalid: {0}")]
+    Unverified(VerifyError),
+}
+
+impl Relay {
+    /// Whether an event is one for this relay; limits come before the signature, which costs most.
+    pub(crate) fn accept(&self, event: &Event<'_>) -> Result<(), Refusal> {
+        let class = if event.is_ephemeral() { "ephemeral" } else { "stored" };
+        let result = if !event.is_ephemeral() {
+            Err(Refusal::NotEphemeral)
+        } else if event.tags.len() > self.limits.event_tags {
+            Err(Refusal::TooManyTags)
+        } else {
+            let start = Instant::now();
+            let verified = event.verify();
+            self.metrics.verification_seconds.observe(start.elapsed().as_secs_f64());
+            verified.map_err(Refusal::Unverified)
+        };
+        let label = match result {
+            Ok(()) => "accepted",
+            Err(Refusal::NotEphemeral) => "not_ephemeral",
+            Err(Refusal::TooManyTags) => "too_many_tags",
+            Err(Refusal::Unverified(VerifyError::Id)) => "wrong_id",
+            Err(Refusal::Unverified(VerifyError::Signature)) => "wrong_signature",
+        };
+        self.metrics.event(label, class);
+        result
+    }
+
+    /// Queues an event for every subscription that it belongs to, as the very text that its author sent.
+    pub(crate) fn deliver(&self, event: &Event<'_>, raw: &str) {
+        let subscriptions = self.subscriptions.matching(event);
+        if subscriptions.is_empty() {
+            return;
+        }
+        let raw: Arc<str> = raw.into();
+        for subscription in &subscriptions {
+            if !subscription.outbox.deliver(subscription, &raw) {
+                self.metrics.drops.with_label_values(&["slow_client"]).inc();
+            }
+        }
+    }
+}
+
+/// `/`: Nostr for a WebSocket, the NIP-11 document for who asks for it, a page for people.
+async fn root(
+    State(relay): State<Arc<Relay>>,
+    headers: HeaderMap,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Response {
+    if let Ok(upgrade) = upgrade {
+        return accept(upgrade, relay);
+    }
+    let accepts = |kind: &str| {
+        headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|value| value.contains(kind))
+    };
+    if accepts("application/nostr+json") {
+        let headers = [
+            (header::CONTENT_TYPE, "application/nostr+json"),
+            (header::ACCESS_CONTROL_ALLOW_ORIGIN, "*"),
+            (header::ACCESS_CONTROL_ALLOW_HEADERS, "*"),
+            (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
+        ];
+        return (headers, information::document(&relay.limits).to_string()).into_response();
+    }
+    Html(include_str!("page.html")).into_response()
+}
+
+fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>) -> Response {
+    if relay.connections.len() >= relay.limits.connections {
+        relay.metrics.disconnects.with_label_values(&["full"]).inc();
+        return (StatusCode::SERVICE_UNAVAILABLE, "too many connections").into_response();
+    }
+    let limit = relay.limits.message_bytes;
+    upgrade
+        .max_message_size(limit)
+        .max_frame_size(limit)
+        // The library's defaults cost 137 KB a connection; signalling messages are small.
+        .read_buffer_size(4 << 10)
+        .write_buffer_size(0)
+        .on_upgrade(move |socket| {
+            let stop = relay.stop.clone();
+            let tracker = relay.connections.clone();
+            tracker.track_future(connection::serve(socket, relay, stop))
+        })
+}

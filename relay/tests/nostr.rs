@@ -1,0 +1,285 @@
+//! The relay over real sockets, with events made by an independent implementation of Nostr.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+use std::time::Duration;
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use nostr::event::FinalizeEvent as _;
+use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
+use relay::{Config, Limits, Server};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
+use tokio_tungstenite::tungstenite::{Error, Message};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
+
+/// Nothing that a test awaits takes nearly so long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn start(limits: Limits) -> Server {
+    let listen = "127.0.0.1:0".parse().unwrap();
+    Server::bind(Config { listen, limits, routes: axum::Router::new() }).unwrap()
+}
+
+struct Client(WebSocketStream<MaybeTlsStream<TcpStream>>);
+
+impl Client {
+    async fn connect(server: &Server) -> Self {
+        let (socket, _) = tokio_tungstenite::connect_async(format!("ws://{}/", server.address())).await.unwrap();
+        Self(socket)
+    }
+
+    async fn say(&mut self, message: Value) {
+        self.0.send(Message::text(message.to_string())).await.unwrap();
+    }
+
+    async fn frame(&mut self) -> Option<Result<Message, Error>> {
+        tokio::time::timeout(PATIENCE, self.0.next()).await.expect("the relay stays silent")
+    }
+
+    async fn hear(&mut self) -> Value {
+        loop {
+            match self.frame().await.unwrap().unwrap() {
+                Message::Text(text) => return serde_json::from_str(&text).unwrap(),
+                Message::Ping(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// Everything that is on its way to this client has arrived when the answer to this has.
+    async fn hear_all(&mut self) -> Vec<Value> {
+        self.say(json!(["REQ", "marker", { "kinds": [1] }])).await;
+        let mut heard = Vec::new();
+        loop {
+            match self.hear().await {
+                message if message == json!(["EOSE", "marker"]) => return heard,
+                message => heard.push(message),
+            }
+        }
+    }
+
+    async fn subscribe(&mut self, id: &str, filter: Value) {
+        self.say(json!(["REQ", id, filter])).await;
+        assert_eq!(self.hear().await, json!(["EOSE", id]));
+    }
+}
+
+fn event(kind: u16, topic: &str, content: &str) -> Value {
+    let event = EventBuilder::new(Kind::from(kind), content)
+        .tag(Tag::parse(["x", topic]).unwrap())
+        .finalize(&Keys::generate())
+        .unwrap();
+    serde_json::to_value(event).unwrap()
+}
+
+#[tokio::test]
+async fn an_ephemeral_event_reaches_who_asked_for_it_and_nobody_else() {
+    let server = start(Limits::default());
+    let (mut near, mut far, mut author) =
+        (Client::connect(&server).await, Client::connect(&server).await, Client::connect(&server).await);
+    near.subscribe("near", json!({ "kinds": [22_718], "#x": ["topic"] })).await;
+    far.subscribe("far", json!({ "kinds": [22_718], "#x": ["elsewhere"] })).await;
+
+    let event = event(22_718, "topic", "hello \u{1} é 😀");
+    author.say(json!(["EVENT", event])).await;
+    assert_eq!(author.hear().await, json!(["OK", event["id"], true, ""]));
+    assert_eq!(near.hear().await, json!(["EVENT", "near", event]));
+    // Nothing is stored: who asks later gets nothing.
+    assert!(far.hear_all().await.is_empty());
+    far.subscribe("late", json!({ "kinds": [22_718], "#x": ["topic"] })).await;
+    assert!(far.hear_all().await.is_empty());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_subscription_is_replaced_under_its_id_and_ends_when_closed() {
+    let server = start(Limits::default());
+    let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
+    let id = "s".repeat(64);
+    client.subscribe(&id, json!({ "#x": ["first"] })).await;
+    client.subscribe(&id, json!({ "#x": ["second"] })).await;
+    for topic in ["first", "second"] {
+        author.say(json!(["EVENT", event(20_001, topic, topic)])).await;
+        author.hear().await;
+    }
+    let heard = client.hear_all().await;
+    assert_eq!(heard.len(), 1);
+    assert_eq!(heard[0][2]["content"], "second");
+
+    client.say(json!(["CLOSE", id])).await;
+    client.hear_all().await;
+    author.say(json!(["EVENT", event(20_001, "second", "again")])).await;
+    author.hear().await;
+    assert!(client.hear_all().await.is_empty());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_trystero_filter_of_250_kinds_and_values_is_served() {
+    let server = start(Limits::default());
+    let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
+    let kinds: Vec<u16> = (20_000..20_250).collect();
+    let topics: Vec<String> = (0..250).map(|index| format!("topic-{index}")).collect();
+    client.subscribe("all", json!({ "kinds": kinds, "#x": topics, "since": 1_000 })).await;
+    author.say(json!(["EVENT", event(20_249, "topic-7", "in")])).await;
+    author.say(json!(["EVENT", event(20_250, "topic-7", "out")])).await;
+    author.hear().await;
+    author.hear().await;
+    let heard = client.hear_all().await;
+    assert_eq!(heard.len(), 1);
+    assert_eq!(heard[0][2]["content"], "in");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_is_refused_is_refused_with_a_reason() {
+    let server = start(Limits { subscriptions: 3, filters: 2, filter_values: 10, event_tags: 1, ..Limits::default() });
+    let mut client = Client::connect(&server).await;
+    let mut refusal = async |message: Value, verb: &str, prefix: &str| {
+        client.say(message.clone()).await;
+        let answer = client.hear().await;
+        let reason = answer.as_array().unwrap().last().unwrap().as_str().unwrap();
+        assert_eq!(answer[0], verb, "{message}");
+        assert!(reason.starts_with(prefix), "{message}: {answer}");
+        answer
+    };
+    let stored = refusal(json!(["EVENT", event(1, "topic", "note")]), "OK", "blocked:").await;
+    assert_eq!(stored[2], false);
+    let good = event(20_001, "topic", "x");
+    let mut forged = good.clone();
+    forged["content"] = json!("y");
+    refusal(json!(["EVENT", forged]), "OK", "invalid:").await;
+    let mut unsigned = good.clone();
+    unsigned["sig"] = json!("0".repeat(128));
+    refusal(json!(["EVENT", unsigned]), "OK", "invalid:").await;
+    let mut broken = good.clone();
+    broken["kind"] = json!("20001");
+    let answer = refusal(json!(["EVENT", broken]), "OK", "invalid:").await;
+    assert_eq!(answer[1], good["id"]);
+    let tagged = EventBuilder::new(Kind::from(20_001), "")
+        .tags([Tag::parse(["x", "a"]).unwrap(), Tag::parse(["x", "b"]).unwrap()])
+        .finalize(&Keys::generate())
+        .unwrap();
+    refusal(json!(["EVENT", tagged]), "OK", "invalid:").await;
+
+    refusal(json!(["REQ", "a", { "kinds": "all" }]), "CLOSED", "invalid:").await;
+    refusal(json!(["REQ", "a", { "search": "x" }]), "CLOSED", "unsupported:").await;
+    refusal(json!(["REQ", "a", {}, {}, {}]), "CLOSED", "invalid:").await;
+    refusal(json!(["REQ", "a", { "kinds": (0..11).collect::<Vec<_>>() }]), "CLOSED", "invalid:").await;
+    refusal(json!(["REQ", "x".repeat(65), {}]), "NOTICE", "invalid:").await;
+    refusal(json!(["COUNT", "a", {}]), "NOTICE", "unsupported:").await;
+    refusal(json!({ "not": "nostr" }), "NOTICE", "invalid:").await;
+    for id in ["1", "2", "3"] {
+        client.subscribe(id, json!({ "kinds": [20_001] })).await;
+    }
+    let mut refusal = async |message: Value, verb: &str, prefix: &str| {
+        client.say(message).await;
+        let answer = client.hear().await;
+        assert!(answer[0] == verb && answer[2].as_str().unwrap().starts_with(prefix), "{answer}");
+    };
+    refusal(json!(["REQ", "4", {}]), "CLOSED", "rate-limited:").await;
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_large_or_no_text_ends_its_connection_alone() {
+    let server = start(Limits { message_bytes: 10_000, ..Limits::default() });
+    let mut calm = Client::connect(&server).await;
+    calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
+
+    let mut large = Client::connect(&server).await;
+    large.0.send(Message::text("x".repeat(20_000))).await.unwrap();
+    match large.frame().await {
+        Some(Ok(Message::Close(Some(frame)))) => assert_eq!(frame.code, CloseCode::Size),
+        other => panic!("{other:?}"),
+    }
+
+    let mut garbage = Client::connect(&server).await;
+    for _ in 0..40 {
+        if garbage.0.send(Message::binary(vec![0xff; 10])).await.is_err() {
+            break;
+        }
+    }
+    let mut notices = 0;
+    loop {
+        match garbage.frame().await {
+            Some(Ok(Message::Text(_))) => notices += 1,
+            Some(Ok(Message::Close(Some(frame)))) => {
+                assert_eq!(frame.code, CloseCode::Policy);
+                break;
+            }
+            Some(Ok(_)) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(notices, 32);
+
+    let mut author = Client::connect(&server).await;
+    author.say(json!(["EVENT", event(20_001, "topic", "still here")])).await;
+    assert_eq!(calm.hear().await[2]["content"], "still here");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lose_none() {
+    let server = start(Limits::default());
+    let mut stalled = Client::connect(&server).await;
+    stalled.subscribe("stalled", json!({ "#x": ["topic"] })).await;
+    let mut reader = Client::connect(&server).await;
+    reader.subscribe("reader", json!({ "#x": ["topic"] })).await;
+    let mut author = Client::connect(&server).await;
+    let large = event(20_001, "topic", &"x".repeat(60_000));
+    let rounds = 300;
+    for _ in 0..rounds {
+        author.say(json!(["EVENT", large])).await;
+        assert_eq!(author.hear().await[2], true);
+        assert_eq!(reader.hear().await[0], "EVENT");
+    }
+    let families = server.telemetry().registry.gather();
+    let dropped: f64 = families
+        .iter()
+        .filter(|family| family.name() == "homeport_relay_drops_total")
+        .flat_map(|family| family.get_metric())
+        .map(|metric| metric.get_counter().get_value())
+        .sum();
+    assert!(dropped > 0.0, "18 MB fit nowhere");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_information_document_says_what_is_enforced() {
+    let server = start(Limits { subscriptions: 7, ..Limits::default() });
+    let (head, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\nAccept: application/nostr+json\r\n").await;
+    assert!(head.contains("200") && head.to_lowercase().contains("access-control-allow-origin: *"), "{head}");
+    let document: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(document["limitation"]["max_subscriptions"], 7);
+    assert_eq!(document["limitation"]["max_message_length"], 131_072);
+    assert_eq!(document["supported_nips"], json!([1, 11]));
+    let (head, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\n").await;
+    assert!(head.contains("text/html") && body.contains("Homeport"), "{head}");
+    server.shutdown().await;
+}
+
+async fn http(server: &Server, head: &str) -> (String, String) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.to_owned(), body.to_owned())
+}
+
+#[tokio::test]
+async fn at_shutdown_clients_are_told_to_come_back() {
+    let server = start(Limits::default());
+    let mut client = Client::connect(&server).await;
+    client.subscribe("s", json!({})).await;
+    let shutdown = tokio::spawn(server.shutdown());
+    match client.frame().await {
+        Some(Ok(Message::Close(Some(frame)))) => assert_eq!(frame.code, CloseCode::Restart),
+        other => panic!("{other:?}"),
+    }
+    shutdown.await.unwrap();
+}
