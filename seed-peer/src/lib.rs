@@ -1,1 +1,16 @@
-//! A headless GenosDB peer that stays in rooms and archives every operation.
+//! A headless GenosDB peer: it stays in configured rooms, keeps every operation in an archive, and brings peers up
+//! to date, whoever else is there.
+
+mod addresses;
+mod archive;
+mod link;
+mod links;
+mod mesh;
+mod metrics;
+mod room;
+mod server;
+mod signalling;
+
+pub use addresses::ExternalAddress;
+pub use archive::{Bounds, OpenError};
+pub use server::{Config, RoomConfig, Server, StartError};

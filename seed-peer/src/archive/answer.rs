@@ -1,0 +1,139 @@
+//! What the archive answers to a peer's `sync`: the operations that it lacks, or the whole state.
+
+use std::fmt::Write as _;
+
+use genosdb::clock::MAX_DRIFT_MS;
+use genosdb::json::JsonString;
+use genosdb::{ChannelName, Content, Hlc, Message};
+use rusqlite::{Connection, params};
+
+use super::graph::{RoomState, signed};
+
+/// A room with up to so many nodes is always sent whole: it is small, and a peer that is sent a whole state answers
+/// with what we lack, which repairs both sides.
+const SMALL_ROOM_NODES: u64 = 500;
+
+/// So many operations are sent as a delta whatever the size of the room: as many as clients keep.
+const SMALL_DELTA: u64 = 200;
+
+/// What a peer said that it knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Known {
+    /// The highest timestamp that it has seen; `None`: it has nothing.
+    pub(crate) timestamp: Option<Hlc>,
+    /// The log entry up to which it was sent everything on this very link, if it was sent anything.
+    pub(crate) sent: Option<u64>,
+}
+
+/// The answer to a peer that knows `known`.
+pub(crate) fn to_sync(connection: &Connection, room: &RoomState, known: Known) -> rusqlite::Result<Message> {
+    let Some(timestamp) = known.timestamp else { return full_state(connection, room) };
+    let from = match known.sent {
+        // The link is reliable: what was sent on it has arrived.
+        Some(sent) => sent + 1,
+        None if room.nodes <= SMALL_ROOM_NODES => return full_state(connection, room),
+        None => first_unknown(connection, room, timestamp)?,
+    };
+    if from == 0 {
+        return full_state(connection, room);
+    }
+    let count = (room.seq + 1).saturating_sub(from);
+    if count > SMALL_DELTA.max(room.nodes / 4) {
+        return full_state(connection, room);
+    }
+    match delta(connection, room, from)? {
+        Some(message) => Ok(message),
+        None => full_state(connection, room),
+    }
+}
+
+/// The first log entry that a peer whose highest timestamp is `timestamp` may lack; 0 when that is all of them.
+///
+/// A timestamp does not say what was missed before it: others may have written with slower clocks. But whatever a
+/// peer missed, it missed after it was last here, and its clock is at most [`MAX_DRIFT_MS`] ahead of ours.
+fn first_unknown(connection: &Connection, room: &RoomState, timestamp: Hlc) -> rusqlite::Result<u64> {
+    let received = signed(timestamp.physical.saturating_sub(MAX_DRIFT_MS));
+    let (first, earlier): (Option<i64>, bool) = connection
+        .prepare_cached(
+            "SELECT (SELECT min(seq) FROM log WHERE room = ?1 AND received >= ?2),
+                    EXISTS (SELECT 1 FROM log WHERE room = ?1 AND received < ?2)",
+        )?
+        .query_row(params![room.id, received], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    if !earlier {
+        // Older than all that is logged.
+        return Ok(0);
+    }
+    Ok(first.map_or(room.seq + 1, super::graph::unsigned))
+}
+
+/// The log from the entry `from` on; `None` when it holds what no operation can say.
+fn delta(connection: &Connection, room: &RoomState, from: u64) -> rusqlite::Result<Option<Message>> {
+    let mut text = String::from(r#"[{"type":"deltaSync","operations":["#);
+    let mut select =
+        connection.prepare_cached("SELECT kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
+    let mut rows = select.query(params![room.id, signed(from)])?;
+    let mut first = true;
+    while let Some(row) = rows.next()? {
+        if row.get::<_, i64>(0)? != 0 {
+            return Ok(None);
+        }
+        if !first {
+            text.push(',');
+        }
+        first = false;
+        text.push_str(row.get_ref(1)?.as_str()?);
+    }
+    let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
+    Ok(Some(Message::new(ChannelName::SYNC_GRAPH, Content::Json(text))))
+}
+
+/// The whole room.
+pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite::Result<Message> {
+    let mut text = String::from(r#"[{"type":"fullStateSync","graphData":{"#);
+    let mut select = connection
+        .prepare_cached("SELECT id, value, edges, extra, physical, logical FROM node WHERE room = ? ORDER BY id")?;
+    let mut rows = select.query(params![room.id])?;
+    let mut first = true;
+    while let Some(row) = rows.next()? {
+        if !first {
+            text.push(',');
+        }
+        first = false;
+        let id = JsonString::from_printed(row.get(0)?);
+        let _ = write!(text, r#"{id}:{{"id":{id}"#);
+        if let Some(value) = row.get_ref(1)?.as_str_or_null()? {
+            let _ = write!(text, r#","value":{value}"#);
+        }
+        let edges = row.get_ref(2)?.as_str()?;
+        let (physical, logical): (i64, i64) = (row.get(4)?, row.get(5)?);
+        let _ = write!(text, r#","edges":{edges},"timestamp":{{"physical":{physical},"logical":{logical}}}"#);
+        let extra = row.get_ref(3)?.as_str()?;
+        if !extra.is_empty() {
+            let _ = write!(text, ",{extra}");
+        }
+        text.push('}');
+    }
+    text.push_str(r#"},"removals":["#);
+    let mut select =
+        connection.prepare_cached("SELECT id, physical, logical FROM tombstone WHERE room = ? ORDER BY id")?;
+    let mut rows = select.query(params![room.id])?;
+    let mut first = true;
+    while let Some(row) = rows.next()? {
+        if !first {
+            text.push(',');
+        }
+        first = false;
+        let id = JsonString::from_printed(row.get(0)?);
+        let (physical, logical): (i64, i64) = (row.get(1)?, row.get(2)?);
+        let _ = write!(text, r#"{{"id":{id},"timestamp":{{"physical":{physical},"logical":{logical}}}}}"#);
+    }
+    let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
+    Ok(Message::new(ChannelName::SYNC_GRAPH, Content::Json(text)))
+}
+
+fn timestamp(latest: Option<Hlc>) -> String {
+    match latest {
+        Some(Hlc { physical, logical }) => format!(r#"{{"physical":{physical},"logical":{logical}}}"#),
+        None => "null".into(),
+    }
+}

@@ -1,0 +1,216 @@
+//! One room's graph in the archive, as the merge rules see it.
+
+use genosdb::json::{self, Json, JsonString};
+use genosdb::operation::Node;
+use genosdb::{Hlc, Store};
+use rusqlite::{Connection, OptionalExtension as _, params};
+
+/// What the archive keeps of a room in memory: the row of `room`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RoomState {
+    pub(crate) id: i64,
+    pub(crate) nodes: u64,
+    pub(crate) seq: u64,
+    pub(crate) latest: Option<Hlc>,
+}
+
+impl RoomState {
+    /// Takes note of a timestamp.
+    pub(crate) fn see(&mut self, timestamp: Hlc) {
+        self.latest = self.latest.max(Some(timestamp));
+    }
+}
+
+/// A room's tables, inside a transaction.
+pub(crate) struct RoomGraph<'a> {
+    pub(crate) connection: &'a Connection,
+    pub(crate) state: &'a mut RoomState,
+}
+
+/// SQLite's integers are signed; timestamps and counters are at most 2^53.
+pub(crate) fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+pub(crate) fn unsigned(number: i64) -> u64 {
+    u64::try_from(number).unwrap_or(0)
+}
+
+impl RoomGraph<'_> {
+    fn timestamp_in(&self, sql: &str, id: &JsonString) -> rusqlite::Result<Option<Hlc>> {
+        self.connection
+            .prepare_cached(sql)?
+            .query_row(params![self.state.id, id.as_printed()], |row| {
+                Ok(Hlc::new(unsigned(row.get(0)?), unsigned(row.get(1)?)))
+            })
+            .optional()
+    }
+
+    fn edges_of(&self, id: &str) -> rusqlite::Result<Vec<JsonString>> {
+        let text: Option<String> = self
+            .connection
+            .prepare_cached("SELECT edges FROM node WHERE room = ? AND id = ?")?
+            .query_row(params![self.state.id, id], |row| row.get(0))
+            .optional()?;
+        Ok(text.as_deref().map(parse_edges).unwrap_or_default())
+    }
+
+    fn write_edges(&self, id: &str, edges: &[JsonString]) -> rusqlite::Result<()> {
+        self.connection.prepare_cached("UPDATE node SET edges = ? WHERE room = ? AND id = ?")?.execute(params![
+            print_edges(edges),
+            self.state.id,
+            id
+        ])?;
+        Ok(())
+    }
+
+    fn forget_edges_from(&self, id: &str) -> rusqlite::Result<()> {
+        let mut delete =
+            self.connection.prepare_cached("DELETE FROM edge WHERE room = ? AND target = ? AND source = ?")?;
+        for target in self.edges_of(id)? {
+            delete.execute(params![self.state.id, target.as_printed(), id])?;
+        }
+        Ok(())
+    }
+}
+
+/// The ids of an `edges` column, which this module printed.
+pub(crate) fn parse_edges(text: &str) -> Vec<JsonString> {
+    let elements = json::elements(text).unwrap_or_default();
+    elements.into_iter().filter_map(|element| json::string(element).ok()).collect()
+}
+
+fn print_edges(edges: &[JsonString]) -> String {
+    let printed: Vec<String> = edges.iter().map(JsonString::to_string).collect();
+    format!("[{}]", printed.join(","))
+}
+
+fn print_extra(node: &Node) -> String {
+    let printed: Vec<String> = node.extra.iter().map(|(name, value)| format!("{name}:{value}")).collect();
+    printed.join(",")
+}
+
+impl Store for RoomGraph<'_> {
+    type Error = rusqlite::Error;
+
+    fn timestamp(&mut self, id: &JsonString) -> rusqlite::Result<Option<Hlc>> {
+        self.timestamp_in("SELECT physical, logical FROM node WHERE room = ? AND id = ?", id)
+    }
+
+    fn removed(&mut self, id: &JsonString) -> rusqlite::Result<Option<Hlc>> {
+        self.timestamp_in("SELECT physical, logical FROM tombstone WHERE room = ? AND id = ?", id)
+    }
+
+    fn nodes(&mut self) -> rusqlite::Result<u64> {
+        Ok(self.state.nodes)
+    }
+
+    fn set_value(&mut self, id: &JsonString, value: &Json, timestamp: Hlc) -> rusqlite::Result<()> {
+        let updated = self
+            .connection
+            .prepare_cached("UPDATE node SET value = ?, physical = ?, logical = ? WHERE room = ? AND id = ?")?
+            .execute(params![
+                value.as_str(),
+                signed(timestamp.physical),
+                signed(timestamp.logical),
+                self.state.id,
+                id.as_printed()
+            ])?;
+        if updated == 0 {
+            self.connection.prepare_cached("INSERT INTO node VALUES (?, ?, ?, '[]', '', ?, ?)")?.execute(params![
+                self.state.id,
+                id.as_printed(),
+                value.as_str(),
+                signed(timestamp.physical),
+                signed(timestamp.logical)
+            ])?;
+            self.state.nodes += 1;
+        }
+        Ok(())
+    }
+
+    fn set_node(&mut self, node: &Node) -> rusqlite::Result<()> {
+        let id = node.id.as_printed();
+        self.forget_edges_from(id)?;
+        let deleted = self
+            .connection
+            .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
+            .execute(params![self.state.id, id])?;
+        self.connection.prepare_cached("INSERT INTO node VALUES (?, ?, ?, ?, ?, ?, ?)")?.execute(params![
+            self.state.id,
+            id,
+            node.value.as_ref().map(Json::as_str),
+            print_edges(&node.edges),
+            print_extra(node),
+            signed(node.timestamp.physical),
+            signed(node.timestamp.logical)
+        ])?;
+        if deleted == 0 {
+            self.state.nodes += 1;
+        }
+        let mut insert = self.connection.prepare_cached("INSERT OR IGNORE INTO edge VALUES (?, ?, ?)")?;
+        for target in &node.edges {
+            insert.execute(params![self.state.id, target.as_printed(), id])?;
+        }
+        Ok(())
+    }
+
+    fn add_edge(&mut self, source: &JsonString, target: &JsonString, timestamp: Hlc) -> rusqlite::Result<()> {
+        let inserted = self
+            .connection
+            .prepare_cached("INSERT OR IGNORE INTO edge VALUES (?, ?, ?)")?
+            .execute(params![self.state.id, target.as_printed(), source.as_printed()])?;
+        if inserted > 0 {
+            let mut edges = self.edges_of(source.as_printed())?;
+            edges.push(target.clone());
+            self.write_edges(source.as_printed(), &edges)?;
+        }
+        self.touch(source, timestamp)
+    }
+
+    fn touch(&mut self, id: &JsonString, timestamp: Hlc) -> rusqlite::Result<()> {
+        self.connection
+            .prepare_cached("UPDATE node SET physical = ?, logical = ? WHERE room = ? AND id = ?")?
+            .execute(params![signed(timestamp.physical), signed(timestamp.logical), self.state.id, id.as_printed()])?;
+        Ok(())
+    }
+
+    fn drop_node(&mut self, id: &JsonString) -> rusqlite::Result<()> {
+        let id_text = id.as_printed();
+        self.forget_edges_from(id_text)?;
+        let deleted = self
+            .connection
+            .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
+            .execute(params![self.state.id, id_text])?;
+        self.state.nodes -= u64::from(deleted > 0);
+        let sources: Vec<String> = self
+            .connection
+            .prepare_cached("SELECT source FROM edge WHERE room = ? AND target = ?")?
+            .query_map(params![self.state.id, id_text], |row| row.get(0))?
+            .collect::<Result<_, _>>()?;
+        for source in &sources {
+            let mut edges = self.edges_of(source)?;
+            edges.retain(|target| target != id);
+            self.write_edges(source, &edges)?;
+        }
+        self.connection
+            .prepare_cached("DELETE FROM edge WHERE room = ? AND target = ?")?
+            .execute(params![self.state.id, id_text])?;
+        Ok(())
+    }
+
+    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> rusqlite::Result<()> {
+        match timestamp {
+            Some(timestamp) => {
+                self.connection.prepare_cached("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?, ?)")?.execute(
+                    params![self.state.id, id.as_printed(), signed(timestamp.physical), signed(timestamp.logical)],
+                )?
+            }
+            None => self
+                .connection
+                .prepare_cached("DELETE FROM tombstone WHERE room = ? AND id = ?")?
+                .execute(params![self.state.id, id.as_printed()])?,
+        };
+        Ok(())
+    }
+}

@@ -1,0 +1,243 @@
+//! The archive's file: its tables, and whether a file is an archive at all.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use rusqlite::{Connection, OpenFlags};
+
+/// Marks an SQLite file as a Homeport archive (`PRAGMA application_id`): "HmPt".
+const APPLICATION_ID: i32 = 0x486d_5074;
+
+/// The version of the tables below (`PRAGMA user_version`).
+const VERSION: i32 = 1;
+
+/// The archive's file inside the data folder.
+pub(crate) const FILE_NAME: &str = "archive.sqlite";
+
+/// `log` is the archive proper: every operation that was ever accepted, in the order of acceptance, as JSON text
+/// (`kind` 0), and every node that was taken from a peer's full state (`kind` 1). `node`, `edge` and `tombstone` are
+/// what the log amounts to. Ids are JSON string contents: a quote in an id is stored as `\"`.
+const TABLES: &str = "
+CREATE TABLE room (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,       -- the database's name, as configured
+    peer_id TEXT NOT NULL,           -- the seed's own id in the room, kept over restarts
+    nodes INTEGER NOT NULL,          -- how many nodes there are
+    seq INTEGER NOT NULL,            -- the last log entry
+    physical INTEGER,                -- the highest timestamp seen: ms since the epoch
+    logical INTEGER                  --   and counter; NULL before the first
+) STRICT;
+CREATE TABLE log (
+    room INTEGER NOT NULL REFERENCES room,
+    seq INTEGER NOT NULL,            -- counts from 1 in each room
+    received INTEGER NOT NULL,       -- our time of day, ms since the epoch
+    kind INTEGER NOT NULL,           -- 0: an operation as it came; 1: a node of a full state
+    operation TEXT NOT NULL,         -- JSON
+    PRIMARY KEY (room, seq)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX log_received ON log (room, received);
+CREATE TABLE node (
+    room INTEGER NOT NULL REFERENCES room,
+    id TEXT NOT NULL,
+    value TEXT,                      -- JSON; NULL when the node has none
+    edges TEXT NOT NULL,             -- JSON array of ids, in the order in which they were linked
+    extra TEXT NOT NULL,             -- JSON members that this version does not know, without the braces
+    physical INTEGER NOT NULL,
+    logical INTEGER NOT NULL,
+    PRIMARY KEY (room, id)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE edge (                  -- node.edges the other way round
+    room INTEGER NOT NULL REFERENCES room,
+    target TEXT NOT NULL,
+    source TEXT NOT NULL,
+    PRIMARY KEY (room, target, source)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE tombstone (
+    room INTEGER NOT NULL REFERENCES room,
+    id TEXT NOT NULL,
+    physical INTEGER NOT NULL,
+    logical INTEGER NOT NULL,
+    PRIMARY KEY (room, id)
+) STRICT, WITHOUT ROWID;
+";
+
+/// The archive cannot be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The data folder or a file in it is out of reach.
+    #[error("cannot use the data folder {path} (setting seed.data): {source}")]
+    Folder {
+        /// The folder or file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Another process has the data folder.
+    #[error("{0} is in use by another homeport process (setting seed.data)")]
+    InUse(PathBuf),
+    /// The file is not an archive of Homeport.
+    #[error("{path} is not an archive of Homeport ({reason}); it was left untouched")]
+    NotOurs {
+        /// The file.
+        path: PathBuf,
+        /// What it is instead.
+        reason: String,
+    },
+    /// The file is an archive, but broken.
+    #[error("{path} is damaged ({reason}); it was left untouched: restore a copy, or move it away to start anew")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite found.
+        reason: String,
+    },
+    /// The file was written by a newer Homeport.
+    #[error(
+        "{path} has format {found}, this version knows up to {VERSION}: use a newer homeport; it was left untouched"
+    )]
+    TooNew {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: i32,
+    },
+    /// SQLite could not open or prepare it.
+    #[error("cannot open {path}: {source}")]
+    Database {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+}
+
+/// An open archive file, and the lock that keeps other processes away from it.
+#[derive(Debug)]
+pub(crate) struct ArchiveFile {
+    pub(crate) connection: Connection,
+    _lock: File,
+}
+
+/// Opens the archive in `folder`, or creates it.
+pub(crate) fn open(folder: &Path) -> Result<ArchiveFile, OpenError> {
+    let folder_error = |source| OpenError::Folder { path: folder.to_owned(), source };
+    std::fs::create_dir_all(folder).map_err(folder_error)?;
+    let lock = lock(folder)?;
+    let path = folder.join(FILE_NAME);
+    let exists = match std::fs::metadata(&path) {
+        Ok(metadata) => metadata.len() > 0,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(source) => return Err(OpenError::Folder { path, source }),
+    };
+    if exists {
+        check(&path)?;
+    }
+    let database = |source| OpenError::Database { path: path.clone(), source };
+    let mut connection = Connection::open(&path).map_err(database)?;
+    configure(&connection).map_err(database)?;
+    if !exists {
+        create(&mut connection).map_err(database)?;
+    }
+    Ok(ArchiveFile { connection, _lock: lock })
+}
+
+fn lock(folder: &Path) -> Result<File, OpenError> {
+    let path = folder.join("lock");
+    let folder_error = |source| OpenError::Folder { path: path.clone(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(folder_error)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(folder.to_owned())),
+        Err(TryLockError::Error(source)) => Err(folder_error(source)),
+    }
+}
+
+/// Looks at a file without writing to it.
+fn check(path: &Path) -> Result<(), OpenError> {
+    let path_owned = || path.to_owned();
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+        .map_err(|source| OpenError::Database { path: path_owned(), source })?;
+    let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i32>(0));
+    let application_id = pragma("application_id")
+        .map_err(|error| OpenError::NotOurs { path: path_owned(), reason: error.to_string() })?;
+    if application_id != APPLICATION_ID {
+        let reason = format!("an SQLite file of application {application_id:#x}");
+        return Err(OpenError::NotOurs { path: path_owned(), reason });
+    }
+    let damaged = |error: rusqlite::Error| OpenError::Damaged { path: path_owned(), reason: error.to_string() };
+    let found = pragma("user_version").map_err(damaged)?;
+    if found > VERSION {
+        return Err(OpenError::TooNew { path: path_owned(), found });
+    }
+    let verdict: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(damaged)?;
+    if verdict == "ok" { Ok(()) } else { Err(OpenError::Damaged { path: path_owned(), reason: verdict }) }
+}
+
+fn configure(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // An acknowledged operation survives a power cut.
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "cache_size", -16 * 1024)?;
+    // The write-ahead log gives its space back after a burst.
+    connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(())
+}
+
+fn create(connection: &mut Connection) -> rusqlite::Result<()> {
+    let transaction = connection.transaction()?;
+    transaction.execute_batch(TABLES)?;
+    transaction.pragma_update(None, "application_id", APPLICATION_ID)?;
+    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.commit()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_archive_opens_again_but_not_twice_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let first = open(folder.path()).unwrap();
+        assert!(matches!(open(folder.path()), Err(OpenError::InUse(_))));
+        drop(first);
+        open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn files_that_are_not_ours_are_refused_and_left_untouched() {
+        let foreign = |path: &Path| {
+            let connection = Connection::open(path).unwrap();
+            connection.execute_batch("CREATE TABLE notes (text)").unwrap();
+        };
+        let newer = |path: &Path| {
+            let connection = Connection::open(path).unwrap();
+            connection.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
+            connection.pragma_update(None, "user_version", VERSION + 1).unwrap();
+        };
+        let text = |path: &Path| std::fs::write(path, "Dear diary, today I was not a database.\n".repeat(50)).unwrap();
+        let damaged = |path: &Path| {
+            drop(open(path.parent().unwrap()).unwrap());
+            let mut bytes = std::fs::read(path).unwrap();
+            bytes[4096..].fill(0x5a);
+            std::fs::write(path, bytes).unwrap();
+        };
+        let makers: [(&dyn Fn(&Path), &str); 4] = [
+            (&foreign, "not an archive of Homeport"),
+            (&newer, "use a newer homeport"),
+            (&text, "not an archive of Homeport"),
+            (&damaged, "damaged"),
+        ];
+        for (make, expected) in makers {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join(FILE_NAME);
+            make(&path);
+            let before = std::fs::read(&path).unwrap();
+            let message = open(folder.path()).unwrap_err().to_string();
+            assert!(message.contains(expected) && message.contains("untouched"), "{message}");
+            assert_eq!(std::fs::read(&path).unwrap(), before, "{expected}");
+        }
+    }
+}

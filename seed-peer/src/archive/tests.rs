@@ -1,0 +1,1 @@
+//! The archive against the merge rules in memory.

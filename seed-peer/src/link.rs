@@ -1,0 +1,466 @@
+//! One link to a peer: a WebRTC data channel and the messages on it. Sans-IO, around `str0m`.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use genosdb::frame::{Frame, Nonces};
+use genosdb::reassembler::ReassemblyError;
+use genosdb::{ChannelName, Content, Limits, Message, Reassembler};
+use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
+use str0m::channel::ChannelId;
+use str0m::config::DtlsCert;
+use str0m::net::{Protocol, Receive};
+use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcConfig};
+
+/// The label of the data channel that carries everything (wire §2).
+const CHANNEL_LABEL: &str = "data";
+/// Frames wait while more than this is on its way (wire §3).
+const BUFFERED_HIGH: usize = 65_535;
+/// More frames are written when less than this is on its way.
+const BUFFERED_LOW: usize = 32 << 10;
+/// Bytes that SCTP may hold; the most of a full state that is in flight.
+const SEND_CAP: usize = 256 << 10;
+/// A link that was quiet for so long is asked whether its peer is there.
+const QUIET: Duration = Duration::from_secs(10);
+/// A peer that does not answer for so long is gone.
+const UNANSWERED: Duration = Duration::from_secs(10);
+/// Messages that may wait for a peer that reads slowly.
+const MAX_WAITING: usize = 1_024;
+/// Malformed frames and messages after which a peer is not worth a link.
+const MAX_MALFORMED: u32 = 64;
+
+/// What a link's peer may make us hold.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LinkLimits {
+    pub(crate) reassembly: Limits,
+}
+
+/// What a link yields.
+#[derive(Debug)]
+pub(crate) enum LinkOutput {
+    /// Send a packet.
+    Transmit { source: SocketAddr, destination: SocketAddr, bytes: Vec<u8> },
+    /// The data channel is open.
+    Opened,
+    /// A message of the peer, and its size as it travelled.
+    Message { channel: ChannelName, content: Content, bytes: usize },
+    /// Something of the peer was malformed or too much, and was left out.
+    Refused(Refused),
+    /// The link is over.
+    Closed(CloseReason),
+    /// Nothing more until then, or until there is input.
+    Timeout(Instant),
+}
+
+/// What was left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Refused {
+    Frame,
+    Message,
+}
+
+/// Why a link ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum CloseReason {
+    /// The peer said so.
+    Left,
+    /// Nothing was heard for too long.
+    Silent,
+    /// The peer sent too much, or too much rubbish.
+    Misbehaved,
+    /// The peer reads too slowly.
+    Slow,
+    /// WebRTC failed.
+    Failed,
+}
+
+impl CloseReason {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Left => "bye",
+            Self::Silent => "silent",
+            Self::Misbehaved => "misbehaved",
+            Self::Slow => "slow",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// A link cannot be made from a description.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DescriptionError {
+    #[error("not a session description: {0}")]
+    Sdp(String),
+    #[error("there is no address of this machine to offer")]
+    NoAddress,
+    #[error("no offer is open")]
+    NotOffered,
+}
+
+/// A message that is being sent.
+struct Sending {
+    message: Message,
+    nonce: u8,
+    next_frame: usize,
+}
+
+pub(crate) struct Link {
+    rtc: Rtc,
+    ufrag: String,
+    pending: Option<SdpPendingOffer>,
+    channel: Option<ChannelId>,
+    sending: VecDeque<Sending>,
+    nonces: Nonces,
+    reassembler: Reassembler,
+    malformed: u32,
+    heard: Instant,
+    asked: Option<Instant>,
+    disconnected: Option<Instant>,
+    outputs: VecDeque<LinkOutput>,
+    closed: bool,
+    now: Instant,
+}
+
+impl Link {
+    fn new(
+        now: Instant,
+        certificate: DtlsCert,
+        candidates: Vec<Candidate>,
+        limits: LinkLimits,
+    ) -> Result<Self, DescriptionError> {
+        let mut rtc = RtcConfig::new()
+            .clear_codecs()
+            .set_dtls_cert(certificate)
+            .set_sctp_max_buffered_amount(SEND_CAP)
+            .build(now);
+        let added = candidates.into_iter().filter_map(|candidate| rtc.add_local_candidate(candidate).cloned()).count();
+        if added == 0 {
+            return Err(DescriptionError::NoAddress);
+        }
+        let ufrag = rtc.direct_api().local_ice_credentials().ufrag;
+        Ok(Self {
+            rtc,
+            ufrag,
+            pending: None,
+            channel: None,
+            sending: VecDeque::new(),
+            nonces: Nonces::default(),
+            reassembler: Reassembler::new(limits.reassembly),
+            malformed: 0,
+            heard: now,
+            asked: None,
+            disconnected: None,
+            outputs: VecDeque::new(),
+            closed: false,
+            now,
+        })
+    }
+
+    /// Dials: the link, and the offer for the peer.
+    pub(crate) fn offer(
+        now: Instant,
+        certificate: DtlsCert,
+        candidates: Vec<Candidate>,
+        limits: LinkLimits,
+    ) -> Result<(Self, String), DescriptionError> {
+        let mut link = Self::new(now, certificate, candidates, limits)?;
+        let mut api = link.rtc.sdp_api();
+        api.add_channel(CHANNEL_LABEL.into());
+        let (offer, pending) = api.apply().ok_or_else(|| DescriptionError::Sdp("nothing to offer".into()))?;
+        link.pending = Some(pending);
+        Ok((link, offer.to_sdp_string()))
+    }
+
+    /// Answers: the link, and the answer for the peer that sent `offer`.
+    pub(crate) fn answer(
+        now: Instant,
+        certificate: DtlsCert,
+        candidates: Vec<Candidate>,
+        limits: LinkLimits,
+        offer: &str,
+    ) -> Result<(Self, String), DescriptionError> {
+        let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
+        let offer = SdpOffer::from_sdp_string(&readable(offer)).map_err(|error| sdp(&error))?;
+        let mut link = Self::new(now, certificate, candidates, limits)?;
+        let answer = link.rtc.sdp_api().accept_offer(offer).map_err(|error| sdp(&error))?;
+        Ok((link, answer.to_sdp_string()))
+    }
+
+    /// Takes the peer's answer to our offer.
+    pub(crate) fn accept_answer(&mut self, answer: &str) -> Result<(), DescriptionError> {
+        let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
+        let answer = SdpAnswer::from_sdp_string(&readable(answer)).map_err(|error| sdp(&error))?;
+        let pending = self.pending.take().ok_or(DescriptionError::NotOffered)?;
+        self.rtc.sdp_api().accept_answer(pending, answer).map_err(|error| sdp(&error))
+    }
+
+    /// Our ICE user name: STUN requests of the peer start with it.
+    pub(crate) fn ufrag(&self) -> &str {
+        &self.ufrag
+    }
+
+    /// Whether a packet is for this link; for STUN, its integrity is checked.
+    pub(crate) fn accepts(&self, input: &Input<'_>) -> bool {
+        self.rtc.accepts(input)
+    }
+
+    /// Takes a packet.
+    pub(crate) fn handle_packet(&mut self, now: Instant, input: Input<'_>) {
+        self.now = now;
+        if let Err(error) = self.rtc.handle_input(input) {
+            tracing::debug!(%error, "a link failed on a packet");
+            self.close(CloseReason::Failed);
+        }
+    }
+
+    /// Tells the time.
+    pub(crate) fn handle_timeout(&mut self, now: Instant) {
+        self.now = now;
+        if let Err(error) = self.rtc.handle_input(Input::Timeout(now)) {
+            tracing::debug!(%error, "a link failed on a timeout");
+            self.close(CloseReason::Failed);
+        }
+        self.watch(now);
+    }
+
+    /// Asks a quiet peer whether it is there, and gives up on one that does not answer (wire §3).
+    fn watch(&mut self, now: Instant) {
+        if self.channel.is_none() {
+            return;
+        }
+        if self.disconnected.is_some_and(|since| now >= since + UNANSWERED) {
+            self.close(CloseReason::Silent);
+        } else if let Some(asked) = self.asked {
+            if now >= asked + UNANSWERED {
+                self.close(CloseReason::Silent);
+            }
+        } else if now >= self.heard + QUIET {
+            self.asked = Some(now);
+            self.send(Message::empty(ChannelName::PING));
+        }
+    }
+
+    fn watch_at(&self) -> Option<Instant> {
+        self.channel?;
+        let asked = self.asked.map_or(self.heard + QUIET, |asked| asked + UNANSWERED);
+        Some(self.disconnected.map_or(asked, |since| asked.min(since + UNANSWERED)))
+    }
+
+    /// Queues a message for the peer.
+    pub(crate) fn send(&mut self, message: Message) {
+        if self.closed {
+            return;
+        }
+        if self.sending.len() >= MAX_WAITING {
+            self.close(CloseReason::Slow);
+            return;
+        }
+        let nonce = self.nonces.next(message.channel());
+        self.sending.push_back(Sending { message, nonce, next_frame: 0 });
+        self.write();
+    }
+
+    /// Writes frames while the peer takes them.
+    fn write(&mut self) {
+        let Some(id) = self.channel else { return };
+        while let Some(sending) = self.sending.front_mut() {
+            let Some(mut channel) = self.rtc.channel(id) else { return };
+            if channel.buffered_amount() > BUFFERED_HIGH {
+                return;
+            }
+            let frame = sending.message.frame(sending.nonce, sending.next_frame);
+            match channel.write(true, &frame) {
+                Ok(true) => {
+                    sending.next_frame += 1;
+                    if sending.next_frame >= sending.message.frames() {
+                        self.sending.pop_front();
+                    }
+                }
+                // No room yet: the event about the buffered amount comes back here.
+                Ok(false) => return,
+                Err(error) => {
+                    tracing::debug!(%error, "a link failed on writing");
+                    self.close(CloseReason::Failed);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Ends the link; the peer is told by DTLS.
+    pub(crate) fn close(&mut self, reason: CloseReason) {
+        if self.closed {
+            return;
+        }
+        self.closed = true;
+        if let Err(error) = self.rtc.close() {
+            tracing::debug!(%error, "a link did not close in order");
+        }
+        self.outputs.push_back(LinkOutput::Closed(reason));
+    }
+
+    /// Whether nothing is left to send.
+    pub(crate) fn is_idle(&mut self) -> bool {
+        let buffered =
+            self.channel.and_then(|id| self.rtc.channel(id)).map_or(0, |mut channel| channel.buffered_amount());
+        self.sending.is_empty() && buffered == 0
+    }
+
+    /// What the link has to say; call until it is a timeout. After [`LinkOutput::Closed`] only packets follow.
+    pub(crate) fn poll(&mut self) -> LinkOutput {
+        loop {
+            if let Some(output) = self.outputs.pop_front() {
+                return output;
+            }
+            if !self.rtc.is_alive() {
+                if !self.closed {
+                    self.closed = true;
+                    return LinkOutput::Closed(CloseReason::Failed);
+                }
+                return LinkOutput::Timeout(self.now + Duration::from_secs(3600));
+            }
+            match self.rtc.poll_output() {
+                Ok(Output::Timeout(at)) => {
+                    return LinkOutput::Timeout(self.watch_at().map_or(at, |watch| at.min(watch)));
+                }
+                Ok(Output::Transmit(transmit)) => {
+                    return LinkOutput::Transmit {
+                        source: transmit.source,
+                        destination: transmit.destination,
+                        bytes: transmit.contents.into(),
+                    };
+                }
+                Ok(Output::Event(event)) => self.event(event),
+                Err(error) => {
+                    tracing::debug!(%error, "a link failed");
+                    self.rtc.disconnect();
+                    if !self.closed {
+                        self.closed = true;
+                        return LinkOutput::Closed(CloseReason::Failed);
+                    }
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::ChannelOpen(id, _) if self.channel.is_none() => {
+                self.channel = Some(id);
+                self.heard = self.now;
+                if let Some(mut channel) = self.rtc.channel(id) {
+                    channel.set_buffered_amount_low_threshold(BUFFERED_LOW);
+                }
+                self.outputs.push_back(LinkOutput::Opened);
+                self.write();
+            }
+            Event::ChannelData(data) if Some(data.id) == self.channel && !self.closed => self.receive(&data.data),
+            Event::ChannelBufferedAmountLow(id) if Some(id) == self.channel => self.write(),
+            Event::ChannelClose(id) if Some(id) == self.channel => self.close(CloseReason::Left),
+            Event::Closed => self.close(CloseReason::Left),
+            Event::IceConnectionStateChange(IceConnectionState::Disconnected) => {
+                self.disconnected.get_or_insert(self.now);
+            }
+            Event::IceConnectionStateChange(_) => self.disconnected = None,
+            _ => {}
+        }
+    }
+
+    fn receive(&mut self, bytes: &[u8]) {
+        self.heard = self.now;
+        self.asked = None;
+        let frame = match Frame::parse(bytes) {
+            Ok(frame) => frame,
+            Err(error) => {
+                tracing::debug!(%error, "a frame was refused");
+                return self.refuse(Refused::Frame);
+            }
+        };
+        match self.reassembler.push(&frame) {
+            Ok(None) => {}
+            Ok(Some((ChannelName::PING, _))) => self.send(Message::empty(ChannelName::PONG)),
+            Ok(Some((ChannelName::PONG, _))) => {}
+            Ok(Some((ChannelName::LEAVE, _))) => self.close(CloseReason::Left),
+            // Renegotiation for media: a peer without media ignores it.
+            Ok(Some((channel, _))) if channel.is_internal() => {}
+            Ok(Some((channel, content))) => {
+                let size = match &content {
+                    Content::Json(text) | Content::Text(text) => text.len(),
+                    Content::Binary { bytes, .. } => bytes.len(),
+                };
+                self.outputs.push_back(LinkOutput::Message { channel, content, bytes: size });
+            }
+            Err(ReassemblyError::Content) => self.refuse(Refused::Message),
+            Err(error) => {
+                tracing::debug!(%error, "a peer goes beyond its limits");
+                self.outputs.push_back(LinkOutput::Refused(Refused::Message));
+                self.close(CloseReason::Misbehaved);
+            }
+        }
+    }
+
+    /// Leaves something of the peer out; a peer that sends little else is dropped.
+    pub(crate) fn refuse(&mut self, what: Refused) {
+        self.outputs.push_back(LinkOutput::Refused(what));
+        self.malformed += 1;
+        if self.malformed > MAX_MALFORMED {
+            self.close(CloseReason::Misbehaved);
+        }
+    }
+}
+
+/// A packet as a link takes it.
+pub(crate) fn packet<'a>(
+    now: Instant,
+    source: SocketAddr,
+    destination: SocketAddr,
+    bytes: &'a [u8],
+) -> Option<Input<'a>> {
+    let contents = bytes.try_into().ok()?;
+    Some(Input::Receive(now, Receive { proto: Protocol::Udp, source, destination, contents }))
+}
+
+/// A description without the candidates that cannot be dialled from here: names that only resolve on the peer's own
+/// network (`….local`, which browsers put in place of addresses), and TCP.
+fn readable(sdp: &str) -> String {
+    let usable = |line: &&str| match line.trim_end().strip_prefix("a=candidate:") {
+        Some(candidate) => {
+            let mut fields = candidate.split(' ').skip(2);
+            let protocol = fields.next().unwrap_or_default();
+            let address = fields.nth(1).unwrap_or_default();
+            protocol.eq_ignore_ascii_case("udp") && address.parse::<std::net::IpAddr>().is_ok()
+        }
+        None => true,
+    };
+    sdp.split_inclusive('\n').filter(usable).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn candidates_that_cannot_be_dialled_are_left_out() {
+        let sdp = "v=0\r\n\
+            a=candidate:1 1 udp 2113937151 192.0.2.2 37606 typ host generation 0\r\n\
+            a=candidate:2 1 udp 2113937151 5f2b7f8e-0000-4000-8000-000000000000.local 37606 typ host\r\n\
+            a=candidate:3 1 tcp 1518280447 192.0.2.2 9 typ host tcptype active\r\n\
+            a=mid:0\r\n";
+        let kept = readable(sdp);
+        assert_eq!(kept.lines().count(), 3);
+        assert!(kept.contains("192.0.2.2 37606") && !kept.contains(".local") && !kept.contains("tcp"));
+    }
+
+    #[test]
+    fn text_that_is_no_description_is_refused() {
+        let provider = str0m::crypto::from_feature_flags();
+        let certificate = provider.dtls_provider.generate_certificate().unwrap();
+        provider.install_process_default();
+        let limits = LinkLimits { reassembly: Limits::default() };
+        for text in ["", "v=0\r\n", "hello", &"a=x\r\n".repeat(10_000)] {
+            let candidates = vec![Candidate::host("127.0.0.1:1".parse().unwrap(), "udp").unwrap()];
+            assert!(Link::answer(Instant::now(), certificate.clone(), candidates, limits, text).is_err());
+        }
+    }
+}

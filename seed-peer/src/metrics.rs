@@ -1,0 +1,130 @@
+//! What the seed peer counts.
+
+use prometheus::{
+    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, core::Collector,
+};
+
+/// The seed's metrics. Rooms are labelled by their configured names, of which there are as many as were configured.
+#[derive(Debug, Clone)]
+pub(crate) struct Metrics {
+    pub(crate) links: IntGaugeVec,
+    pub(crate) link_outcomes: IntCounterVec,
+    pub(crate) link_open_seconds: Histogram,
+    pub(crate) disconnects: IntCounterVec,
+    pub(crate) messages: IntCounterVec,
+    pub(crate) message_bytes: IntCounterVec,
+    pub(crate) refused: IntCounterVec,
+    pub(crate) operations: IntCounterVec,
+    pub(crate) answers: IntCounterVec,
+    pub(crate) nodes: IntGaugeVec,
+    pub(crate) logged: IntGaugeVec,
+    pub(crate) archive_commit_seconds: Histogram,
+    pub(crate) archive_failures: IntCounter,
+    pub(crate) relays_connected: IntGauge,
+    pub(crate) relay_drops: IntCounter,
+    pub(crate) udp_drops: IntCounterVec,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &Registry) -> Result<Self, prometheus::Error> {
+        fn add<C: Collector + Clone + 'static>(registry: &Registry, metric: C) -> Result<C, prometheus::Error> {
+            registry.register(Box::new(metric.clone()))?;
+            Ok(metric)
+        }
+        let counters = |name: &str, help: &str, label: &str, values: &[&str]| {
+            let vector = add(registry, IntCounterVec::new(Opts::new(name, help), &[label])?)?;
+            // Series that a dashboard asks for are there from the start.
+            for value in values {
+                vector.with_label_values(&[value]);
+            }
+            Ok::<_, prometheus::Error>(vector)
+        };
+        let gauges = |name: &str, help: &str| add(registry, IntGaugeVec::new(Opts::new(name, help), &["room"])?);
+        let directions = &["in", "out"];
+        Ok(Self {
+            links: gauges("homeport_seed_links", "Open links to peers, by room.")?,
+            link_outcomes: counters(
+                "homeport_seed_link_outcomes_total",
+                "Attempts to link, by outcome.",
+                "outcome",
+                &["opened", "failed", "wrong_password"],
+            )?,
+            link_open_seconds: add(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        "homeport_seed_link_open_seconds",
+                        "From the start of an attempt to the open data channel.",
+                    )
+                    .buckets(vec![0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0]),
+                )?,
+            )?,
+            disconnects: counters(
+                "homeport_seed_disconnects_total",
+                "Open links that ended, by reason.",
+                "reason",
+                &["bye", "silent", "replaced"],
+            )?,
+            messages: counters(
+                "homeport_seed_messages_total",
+                "Messages over data channels, by direction.",
+                "direction",
+                directions,
+            )?,
+            message_bytes: counters(
+                "homeport_seed_message_bytes_total",
+                "Bytes of frames over data channels, by direction.",
+                "direction",
+                directions,
+            )?,
+            refused: counters(
+                "homeport_seed_refused_total",
+                "Frames, messages, operations and descriptions that were malformed or too much, by reason.",
+                "reason",
+                &["frame", "message", "operation", "description"],
+            )?,
+            operations: counters(
+                "homeport_seed_operations_total",
+                "Operations that peers sent, by what became of them.",
+                "result",
+                &["applied", "superseded", "incomplete", "too_large", "room_full"],
+            )?,
+            answers: counters(
+                "homeport_seed_answers_total",
+                "Answers to peers that asked for what they lack, by kind.",
+                "kind",
+                &["sync", "full_state"],
+            )?,
+            nodes: gauges("homeport_seed_nodes", "Nodes in the archive, by room.")?,
+            logged: gauges("homeport_seed_logged_operations", "Operations in the archive's log, by room.")?,
+            archive_commit_seconds: add(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new("homeport_seed_archive_commit_seconds", "Time to merge and commit a group.")
+                        .buckets(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]),
+                )?,
+            )?,
+            archive_failures: add(
+                registry,
+                IntCounter::new("homeport_seed_archive_failures_total", "Commits that the disk refused.")?,
+            )?,
+            relays_connected: add(
+                registry,
+                IntGauge::new("homeport_seed_relays_connected", "Relays that the seed is connected to.")?,
+            )?,
+            relay_drops: add(
+                registry,
+                IntCounter::new(
+                    "homeport_seed_relay_drops_total",
+                    "Events that were not sent because a relay takes them too slowly.",
+                )?,
+            )?,
+            udp_drops: counters(
+                "homeport_seed_udp_drops_total",
+                "UDP packets that were dropped, by reason.",
+                "reason",
+                &["unknown_source", "send_failed"],
+            )?,
+        })
+    }
+}

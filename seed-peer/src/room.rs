@@ -1,0 +1,433 @@
+//! The seed as a peer of one room: whom to dial, whom to answer, when to give up (wire §2). Sans-IO.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use genosdb::{PeerId, SealedDescription, Signal};
+
+use crate::links::LinkId;
+use crate::signalling::RelayIndex;
+
+/// How often a peer says that it is here.
+const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(2_500);
+/// How long an offer of ours waits for its link. Browsers gather candidates for up to 5 s before they answer. Clients
+/// keep theirs for 57 s, but a peer that reloads within that time would find us deaf.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long an answer of ours waits for its link.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Offers of one peer that are answered at the same time: one by each of its relays, and one after a reload.
+const MAX_ACCEPTING: usize = 6;
+/// Links of one room that are not open yet: whoever floods a room with made-up ids gets no further.
+const MAX_PENDING: usize = 128;
+
+/// What to do.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Say that we are here, on all relays.
+    Announce,
+    /// Make an offer to `peer`, and send it through `relay`; then call [`RoomPeer::dialled`].
+    Dial { peer: PeerId, relay: RelayIndex },
+    /// Answer the offer of `peer` through `relay`; then call [`RoomPeer::accepted`].
+    Accept { peer: PeerId, relay: RelayIndex, sdp: SealedDescription },
+    /// Give the answer of `peer` to the link that dialled it.
+    Complete { peer: PeerId, link: LinkId, sdp: SealedDescription },
+    /// End a link that is of no more use.
+    Drop { link: LinkId, why: Why },
+    /// `peer` is here, on this link.
+    Joined { peer: PeerId, link: LinkId },
+    /// `peer` has left.
+    Left { peer: PeerId },
+}
+
+/// Why a link is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// Another link took its place.
+    Replaced,
+    /// The peer has left the room.
+    Bye,
+    /// It did not open in time.
+    Late,
+}
+
+impl Why {
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Replaced => "replaced",
+            Self::Bye => "bye",
+            Self::Late => "late",
+        }
+    }
+}
+
+/// What is known of one peer.
+#[derive(Debug, Default)]
+struct Peer {
+    /// The link that carries messages.
+    open: Option<LinkId>,
+    /// Our offer that has no link yet.
+    dialling: Option<(LinkId, Instant)>,
+    /// Their offers that we answered and that have no link yet.
+    accepting: Vec<(LinkId, Instant)>,
+}
+
+impl Peer {
+    fn is_idle(&self) -> bool {
+        self.open.is_none() && self.dialling.is_none() && self.accepting.is_empty()
+    }
+}
+
+/// The seed's part in one room.
+#[derive(Debug)]
+pub(crate) struct RoomPeer {
+    id: PeerId,
+    peers: HashMap<PeerId, Peer>,
+    max_peers: usize,
+    pending: usize,
+    next_announce: Instant,
+}
+
+impl RoomPeer {
+    /// A peer called `id` that links with up to `max_peers` others.
+    pub(crate) fn new(id: PeerId, max_peers: usize, now: Instant) -> Self {
+        Self { id, peers: HashMap::new(), max_peers, pending: 0, next_announce: now }
+    }
+
+    /// The seed's id in this room.
+    pub(crate) fn id(&self) -> PeerId {
+        self.id
+    }
+
+    /// How many peers have an open link.
+    pub(crate) fn open_links(&self) -> usize {
+        self.peers.values().filter(|peer| peer.open.is_some()).count()
+    }
+
+    /// The open links.
+    pub(crate) fn links(&self) -> impl Iterator<Item = LinkId> {
+        self.peers.values().filter_map(|peer| peer.open)
+    }
+
+    /// When [`RoomPeer::tick`] has something to do.
+    pub(crate) fn next_tick(&self) -> Instant {
+        self.next_announce
+    }
+
+    /// Announces when it is time, and gives up on what took too long.
+    pub(crate) fn tick(&mut self, now: Instant, actions: &mut Vec<Action>) {
+        if now < self.next_announce {
+            return;
+        }
+        actions.push(Action::Announce);
+        self.next_announce = now + ANNOUNCE_INTERVAL;
+        for peer in self.peers.values_mut() {
+            if let Some((link, since)) = peer.dialling
+                && now >= since + DIAL_TIMEOUT
+            {
+                actions.push(Action::Drop { link, why: Why::Late });
+            }
+            let late = peer.accepting.iter().filter(|(_, since)| now >= *since + ACCEPT_TIMEOUT);
+            actions.extend(late.map(|(link, _)| Action::Drop { link: *link, why: Why::Late }));
+        }
+        for action in actions.iter() {
+            if let Action::Drop { link, .. } = action {
+                self.forget(*link);
+            }
+        }
+    }
+
+    /// A relay is reached (again): the peers there have not heard of us.
+    pub(crate) fn relay_reached(&mut self, now: Instant) {
+        self.next_announce = now;
+    }
+
+    /// A peer said something through a relay. `to_self`: on our own topic, not on the room's.
+    pub(crate) fn handle_signal(
+        &mut self,
+        signal: Signal,
+        to_self: bool,
+        relay: RelayIndex,
+        actions: &mut Vec<Action>,
+    ) {
+        let peer = signal.peer();
+        if peer == self.id {
+            return;
+        }
+        match signal {
+            Signal::Announce { .. } if !to_self => self.announced(peer, relay, actions),
+            Signal::Bye { .. } if !to_self => self.bye(peer, actions),
+            Signal::Offer { sdp, .. } if to_self => self.offered(peer, relay, sdp, actions),
+            Signal::Answer { sdp, .. } if to_self => {
+                if let Some((link, _)) = self.peers.get(&peer).and_then(|known| known.dialling) {
+                    actions.push(Action::Complete { peer, link, sdp });
+                }
+            }
+            // Said where it means nothing.
+            _ => {}
+        }
+    }
+
+    /// Whoever hears of a peer that it has no link and no dial with, dials.
+    fn announced(&mut self, peer: PeerId, relay: RelayIndex, actions: &mut Vec<Action>) {
+        let idle = self.peers.get(&peer).is_none_or(Peer::is_idle);
+        if idle && self.has_room(peer) {
+            actions.push(Action::Dial { peer, relay });
+        }
+    }
+
+    fn offered(&mut self, peer: PeerId, relay: RelayIndex, sdp: SealedDescription, actions: &mut Vec<Action>) {
+        if !self.has_room(peer) {
+            return;
+        }
+        let us = self.id;
+        let known = self.peers.entry(peer).or_default();
+        if let Some((link, _)) = known.dialling {
+            // Both dialled: the offer of the greater id stands.
+            if us > peer {
+                return;
+            }
+            known.dialling = None;
+            self.pending -= 1;
+            actions.push(Action::Drop { link, why: Why::Replaced });
+        }
+        let known = self.peers.entry(peer).or_default();
+        if known.accepting.len() >= MAX_ACCEPTING {
+            return;
+        }
+        // A peer with an open link that offers was reloaded, or the offer came late through another relay. The open
+        // link stays until the new one opens: then either way the right one is left.
+        actions.push(Action::Accept { peer, relay, sdp });
+    }
+
+    fn bye(&mut self, peer: PeerId, actions: &mut Vec<Action>) {
+        let Some(known) = self.peers.remove(&peer) else { return };
+        let pending = known.dialling.iter().chain(&known.accepting);
+        self.pending -= pending.clone().count();
+        actions.extend(pending.map(|(link, _)| Action::Drop { link: *link, why: Why::Bye }));
+        if let Some(link) = known.open {
+            actions.push(Action::Drop { link, why: Why::Bye });
+            actions.push(Action::Left { peer });
+        }
+    }
+
+    fn has_room(&self, peer: PeerId) -> bool {
+        self.pending < MAX_PENDING && (self.peers.contains_key(&peer) || self.peers.len() < self.max_peers)
+    }
+
+    /// An offer to `peer` went out for `link`.
+    pub(crate) fn dialled(&mut self, peer: PeerId, link: LinkId, now: Instant) {
+        self.peers.entry(peer).or_default().dialling = Some((link, now));
+        self.pending += 1;
+    }
+
+    /// The offer of `peer` was answered for `link`.
+    pub(crate) fn accepted(&mut self, peer: PeerId, link: LinkId, now: Instant) {
+        self.peers.entry(peer).or_default().accepting.push((link, now));
+        self.pending += 1;
+    }
+
+    /// A link of `peer` has opened.
+    pub(crate) fn link_opened(&mut self, peer: PeerId, link: LinkId, actions: &mut Vec<Action>) {
+        self.forget(link);
+        let known = self.peers.entry(peer).or_default();
+        let others = known.open.take().into_iter().chain(known.dialling.take().map(|(link, _)| link));
+        let others: Vec<LinkId> = others.chain(known.accepting.drain(..).map(|(link, _)| link)).collect();
+        known.open = Some(link);
+        self.pending = self.count_pending();
+        actions.extend(others.into_iter().map(|link| Action::Drop { link, why: Why::Replaced }));
+        actions.push(Action::Joined { peer, link });
+    }
+
+    /// A link of `peer` has ended by itself.
+    pub(crate) fn link_closed(&mut self, peer: PeerId, link: LinkId, actions: &mut Vec<Action>) {
+        if self.peers.get(&peer).is_some_and(|known| known.open == Some(link)) {
+            actions.push(Action::Left { peer });
+        }
+        self.forget(link);
+    }
+
+    fn forget(&mut self, link: LinkId) {
+        self.peers.retain(|_, peer| {
+            if peer.open == Some(link) {
+                peer.open = None;
+            }
+            if peer.dialling.is_some_and(|(dialling, _)| dialling == link) {
+                peer.dialling = None;
+            }
+            peer.accepting.retain(|(accepting, _)| *accepting != link);
+            !peer.is_idle()
+        });
+        self.pending = self.count_pending();
+    }
+
+    fn count_pending(&self) -> usize {
+        self.peers.values().map(|peer| usize::from(peer.dialling.is_some()) + peer.accepting.len()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RELAY: RelayIndex = RelayIndex(0);
+
+    fn id(character: char) -> PeerId {
+        PeerId::parse(&character.to_string().repeat(20)).unwrap()
+    }
+
+    fn sdp() -> SealedDescription {
+        SealedDescription("1$AA==".into())
+    }
+
+    fn room(us: char) -> (RoomPeer, Instant) {
+        let now = Instant::now();
+        (RoomPeer::new(id(us), 10, now), now)
+    }
+
+    fn hear(room: &mut RoomPeer, signal: Signal, to_self: bool) -> Vec<Action> {
+        let mut actions = Vec::new();
+        room.handle_signal(signal, to_self, RELAY, &mut actions);
+        actions
+    }
+
+    fn offer(peer: char) -> Signal {
+        Signal::Offer { peer: id(peer), sdp: sdp(), superpeer: false }
+    }
+
+    fn opened(room: &mut RoomPeer, peer: char, link: LinkId) -> Vec<Action> {
+        let mut actions = Vec::new();
+        room.link_opened(id(peer), link, &mut actions);
+        actions
+    }
+
+    #[test]
+    fn a_first_announce_is_answered_by_one_dial() {
+        let (mut room, now) = room('m');
+        let peer = id('a');
+        let announce = Signal::Announce { peer };
+        assert_eq!(hear(&mut room, announce.clone(), false), [Action::Dial { peer, relay: RELAY }]);
+        room.dialled(peer, 1, now);
+        assert_eq!(hear(&mut room, announce.clone(), false), []);
+        let answer = Signal::Answer { peer, sdp: sdp() };
+        assert_eq!(hear(&mut room, answer, true), [Action::Complete { peer, link: 1, sdp: sdp() }]);
+        assert_eq!(opened(&mut room, 'a', 1), [Action::Joined { peer, link: 1 }]);
+        assert_eq!(hear(&mut room, announce, false), []);
+        assert_eq!((room.open_links(), room.pending), (1, 0));
+    }
+
+    #[test]
+    fn of_two_offers_that_cross_the_one_of_the_greater_id_stands() {
+        let (mut greater, now) = room('z');
+        greater.dialled(id('a'), 1, now);
+        assert_eq!(hear(&mut greater, offer('a'), true), []);
+
+        let (mut lesser, now) = room('A');
+        lesser.dialled(id('a'), 1, now);
+        let actions = hear(&mut lesser, offer('a'), true);
+        assert_eq!(
+            actions,
+            [Action::Drop { link: 1, why: Why::Replaced }, Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }]
+        );
+        assert_eq!(lesser.pending, 0);
+    }
+
+    #[test]
+    fn a_reloaded_peer_replaces_its_link_once_the_new_one_is_open() {
+        let (mut room, now) = room('m');
+        room.accepted(id('a'), 1, now);
+        opened(&mut room, 'a', 1);
+        let actions = hear(&mut room, offer('a'), true);
+        assert!(matches!(actions[..], [Action::Accept { .. }]));
+        room.accepted(id('a'), 2, now);
+        assert_eq!(room.links().collect::<Vec<_>>(), [1]);
+        assert_eq!(
+            opened(&mut room, 'a', 2),
+            [Action::Drop { link: 1, why: Why::Replaced }, Action::Joined { peer: id('a'), link: 2 }]
+        );
+        let mut actions = Vec::new();
+        room.link_closed(id('a'), 1, &mut actions);
+        assert_eq!(actions, []);
+        room.link_closed(id('a'), 2, &mut actions);
+        assert_eq!(actions, [Action::Left { peer: id('a') }]);
+    }
+
+    #[test]
+    fn an_offer_that_came_late_through_another_relay_does_not_cost_the_link() {
+        let (mut room, mut now) = room('m');
+        room.accepted(id('a'), 1, now);
+        opened(&mut room, 'a', 1);
+        hear(&mut room, offer('a'), true);
+        room.accepted(id('a'), 2, now);
+        now += ACCEPT_TIMEOUT;
+        let mut actions = Vec::new();
+        room.tick(now, &mut actions);
+        assert_eq!(actions, [Action::Announce, Action::Drop { link: 2, why: Why::Late }]);
+        assert_eq!(room.links().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn a_bye_ends_everything_with_that_peer() {
+        let (mut room, now) = room('m');
+        room.accepted(id('a'), 1, now);
+        opened(&mut room, 'a', 1);
+        room.accepted(id('a'), 2, now);
+        let actions = hear(&mut room, Signal::Bye { peer: id('a') }, false);
+        assert_eq!(
+            actions,
+            [
+                Action::Drop { link: 2, why: Why::Bye },
+                Action::Drop { link: 1, why: Why::Bye },
+                Action::Left { peer: id('a') }
+            ]
+        );
+        assert_eq!((room.open_links(), room.pending), (0, 0));
+    }
+
+    #[test]
+    fn announces_go_out_at_once_and_then_every_two_and_a_half_seconds() {
+        let (mut room, now) = room('m');
+        let mut announces = 0;
+        for tenth in 0..100 {
+            let mut actions = Vec::new();
+            room.tick(now + Duration::from_millis(100 * tenth), &mut actions);
+            announces += actions.len();
+        }
+        assert_eq!(announces, 4);
+    }
+
+    #[test]
+    fn a_dial_that_nobody_answers_is_given_up_and_made_again() {
+        let (mut room, mut now) = room('m');
+        room.dialled(id('a'), 1, now);
+        now += DIAL_TIMEOUT;
+        let mut actions = Vec::new();
+        room.tick(now, &mut actions);
+        assert_eq!(actions, [Action::Announce, Action::Drop { link: 1, why: Why::Late }]);
+        let actions = hear(&mut room, Signal::Announce { peer: id('a') }, false);
+        assert!(matches!(actions[..], [Action::Dial { .. }]));
+    }
+
+    #[test]
+    fn made_up_peers_cannot_take_more_than_their_share() {
+        let now = Instant::now();
+        let mut room = RoomPeer::new(id('m'), 1_000, now);
+        let mut dials = 0;
+        for number in 0..10_000 {
+            let peer = PeerId::parse(&format!("{number:020}")).unwrap();
+            for action in hear(&mut room, Signal::Announce { peer }, false) {
+                assert!(matches!(action, Action::Dial { .. }));
+                dials += 1;
+                room.dialled(peer, dials, now);
+            }
+        }
+        assert_eq!(dials, 128);
+    }
+
+    #[test]
+    fn what_is_said_on_the_wrong_topic_means_nothing() {
+        let (mut room, _) = room('m');
+        assert_eq!(hear(&mut room, offer('a'), false), []);
+        assert_eq!(hear(&mut room, Signal::Announce { peer: id('a') }, true), []);
+        assert_eq!(hear(&mut room, Signal::Announce { peer: id('m') }, false), []);
+    }
+}

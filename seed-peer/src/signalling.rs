@@ -1,0 +1,347 @@
+//! The seed's connections to relays: what it says there, and what it hears.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use genosdb::{Signal, Topic};
+use nostr::event::FinalizeEvent as _;
+use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
+use rand::Rng as _;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use service::{Health, State};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
+use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
+use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
+
+use crate::metrics::Metrics;
+
+/// Events that wait for one relay, at most.
+const QUEUE: usize = 512;
+/// A relay that does not answer a connection attempt for so long is given up on, until the next.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// First and longest wait before a relay is dialled again.
+const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// A connection that held for so long was a good one: the next failure starts the waits anew.
+const GOOD: Duration = Duration::from_secs(60);
+/// How often a relay is asked whether it is there, and how long it may be silent.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+const SILENCE: Duration = Duration::from_secs(50);
+/// Topics in one subscription: relays bound both subscriptions and the size of filters.
+const TOPICS_PER_SUBSCRIPTION: usize = 40;
+/// How old an event may be by its author's clock when we subscribe, in seconds. Clocks differ; ephemeral events that
+/// a relay keeps for minutes should not all come back.
+const LOOK_BACK_SECONDS: u64 = 120;
+/// The largest message of a relay.
+const MAX_MESSAGE: usize = 512 << 10;
+
+/// Names a relay by its place in the settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct RelayIndex(pub(crate) usize);
+
+/// A topic that the seed listens on.
+#[derive(Debug, Clone)]
+pub(crate) struct Listening {
+    pub(crate) topic: Topic,
+    /// Which of the seed's rooms it belongs to.
+    pub(crate) room: usize,
+    /// Whether it is the seed's own topic in that room, not the room's.
+    pub(crate) to_self: bool,
+}
+
+/// What comes from the relays.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// A relay is reached, and the seed's subscriptions are made.
+    Reached,
+    /// A peer said something.
+    Said { relay: RelayIndex, event_id: String, room: usize, to_self: bool, signal: Signal },
+}
+
+/// The relays, from the side that speaks.
+pub(crate) struct Signalling {
+    keys: Keys,
+    relays: Vec<mpsc::Sender<Utf8Bytes>>,
+    tasks: Vec<JoinHandle<()>>,
+    metrics: Metrics,
+}
+
+impl Signalling {
+    /// Connects to every relay, and stays connected.
+    pub(crate) fn start(
+        urls: Vec<String>,
+        listening: Vec<Listening>,
+        heard: mpsc::Sender<Heard>,
+        connector: Connector,
+        metrics: Metrics,
+        health: Health,
+    ) -> Self {
+        let listening = Arc::new(listening);
+        let by_topic: Arc<HashMap<String, usize>> =
+            Arc::new(listening.iter().enumerate().map(|(index, one)| (one.topic.as_str().to_owned(), index)).collect());
+        health.set("signalling", State::Starting);
+        let mut relays = Vec::new();
+        let mut tasks = Vec::new();
+        for (index, url) in urls.into_iter().enumerate() {
+            let (sender, outgoing) = mpsc::channel(QUEUE);
+            relays.push(sender);
+            let relay = Relay {
+                index: RelayIndex(index),
+                url,
+                listening: Arc::clone(&listening),
+                by_topic: Arc::clone(&by_topic),
+                heard: heard.clone(),
+                connector: connector.clone(),
+                metrics: metrics.clone(),
+                health: health.clone(),
+            };
+            tasks.push(tokio::spawn(relay.run(outgoing)));
+        }
+        Self { keys: Keys::generate(), relays, tasks, metrics }
+    }
+
+    /// Publishes `signal` under `topic`, on one relay or on all.
+    pub(crate) fn publish(&self, to: Option<RelayIndex>, topic: &Topic, signal: &Signal) {
+        let Ok(tag) = Tag::parse(["x", topic.as_str()]) else { return };
+        let event = match EventBuilder::new(Kind::from(topic.kind()), signal.to_content()).tag(tag).finalize(&self.keys)
+        {
+            Ok(event) => event,
+            Err(error) => return tracing::error!(%error, "an event could not be signed"),
+        };
+        let text = Utf8Bytes::from(serde_json::json!(["EVENT", event]).to_string());
+        let all = self.relays.iter().enumerate();
+        for (_, relay) in all.filter(|(index, _)| to.is_none_or(|to| to.0 == *index)) {
+            if relay.try_send(text.clone()).is_err() {
+                self.metrics.relay_drops.inc();
+            }
+        }
+    }
+
+    /// Sends what is queued, and leaves the relays.
+    pub(crate) async fn shutdown(self, timeout: Duration) {
+        drop(self.relays);
+        let deadline = tokio::time::Instant::now() + timeout;
+        for mut task in self.tasks {
+            if tokio::time::timeout_at(deadline, &mut task).await.is_err() {
+                task.abort();
+            }
+        }
+    }
+}
+
+/// One relay, from the side that listens.
+struct Relay {
+    index: RelayIndex,
+    url: String,
+    listening: Arc<Vec<Listening>>,
+    by_topic: Arc<HashMap<String, usize>>,
+    heard: mpsc::Sender<Heard>,
+    connector: Connector,
+    metrics: Metrics,
+    health: Health,
+}
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// Why a connection to a relay ended.
+enum End {
+    /// The seed is shutting down.
+    Finished,
+    /// The relay went away, or never was there.
+    Lost(String),
+}
+
+/// What a relay says of an event.
+#[derive(Deserialize)]
+struct Event<'a> {
+    id: String,
+    #[serde(borrow)]
+    content: Cow<'a, str>,
+    #[serde(borrow)]
+    tags: Vec<Vec<Cow<'a, str>>>,
+}
+
+impl Relay {
+    async fn run(self, mut outgoing: mpsc::Receiver<Utf8Bytes>) {
+        let mut wait = BACKOFF.0;
+        loop {
+            let start = Instant::now();
+            let reason = match self.connect().await {
+                Ok(socket) => {
+                    self.connected(1);
+                    let end = self.converse(socket, &mut outgoing).await;
+                    self.connected(-1);
+                    match end {
+                        End::Finished => return,
+                        End::Lost(reason) => reason,
+                    }
+                }
+                Err(reason) => reason,
+            };
+            if start.elapsed() > GOOD {
+                wait = BACKOFF.0;
+            }
+            tracing::warn!(relay = %self.url, %reason, retry_seconds = wait.as_secs(), "a relay is not reached");
+            let jitter = wait.mul_f64(rand::rng().random_range(0.0..0.2));
+            let again = tokio::time::sleep(wait + jitter);
+            tokio::pin!(again);
+            // What is said meanwhile is said to nobody: signals do not keep.
+            loop {
+                tokio::select! {
+                    () = &mut again => break,
+                    said = outgoing.recv() => if said.is_none() { return },
+                }
+            }
+            wait = (wait * 2).min(BACKOFF.1);
+        }
+    }
+
+    fn connected(&self, change: i64) {
+        self.metrics.relays_connected.add(change);
+        let state = if self.metrics.relays_connected.get() > 0 {
+            State::Ok
+        } else {
+            State::Degraded("no relay is reached".into())
+        };
+        self.health.set("signalling", state);
+    }
+
+    async fn connect(&self) -> Result<Socket, String> {
+        let config = WebSocketConfig::default().max_message_size(Some(MAX_MESSAGE)).max_frame_size(Some(MAX_MESSAGE));
+        let connecting = tokio_tungstenite::connect_async_tls_with_config(
+            self.url.as_str(),
+            Some(config),
+            true,
+            Some(self.connector.clone()),
+        );
+        match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
+            Ok(Ok((socket, _))) => Ok(socket),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err("it does not answer".into()),
+        }
+    }
+
+    async fn converse(&self, mut socket: Socket, outgoing: &mut mpsc::Receiver<Utf8Bytes>) -> End {
+        if let Err(error) = self.subscribe(&mut socket).await {
+            return End::Lost(error.to_string());
+        }
+        tracing::info!(relay = %self.url, "relay reached");
+        if self.heard.send(Heard::Reached).await.is_err() {
+            return End::Finished;
+        }
+        let mut ping = tokio::time::interval(PING_INTERVAL);
+        ping.reset();
+        let mut last_heard = Instant::now();
+        loop {
+            let sent = tokio::select! {
+                message = socket.next() => {
+                    last_heard = Instant::now();
+                    match message {
+                        Some(Ok(Message::Text(text))) => {
+                            if let Some(heard) = self.understand(&text)
+                                && self.heard.send(heard).await.is_err()
+                            {
+                                return End::Finished;
+                            }
+                            Ok(())
+                        }
+                        Some(Ok(Message::Close(_))) | None => return End::Lost("it closed the connection".into()),
+                        Some(Ok(_)) => Ok(()),
+                        Some(Err(error)) => Err(error),
+                    }
+                }
+                said = outgoing.recv() => match said {
+                    Some(text) => self.send(&mut socket, text, outgoing).await,
+                    None => {
+                        // Goodbye is said; a relay that is gone already has not missed it.
+                        let _ = tokio::time::timeout(Duration::from_millis(300), socket.close(None)).await;
+                        return End::Finished;
+                    }
+                },
+                _ = ping.tick() => {
+                    if last_heard.elapsed() > SILENCE {
+                        return End::Lost("it has gone silent".into());
+                    }
+                    socket.send(Message::Ping(Default::default())).await
+                }
+            };
+            if let Err(error) = sent {
+                return End::Lost(error.to_string());
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        socket: &mut Socket,
+        first: Utf8Bytes,
+        outgoing: &mut mpsc::Receiver<Utf8Bytes>,
+    ) -> Result<(), Error> {
+        let mut next = Some(first);
+        while let Some(text) = next {
+            socket.feed(Message::Text(text)).await?;
+            next = outgoing.try_recv().ok();
+        }
+        socket.flush().await
+    }
+
+    async fn subscribe(&self, socket: &mut Socket) -> Result<(), Error> {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+        for (index, chunk) in self.listening.chunks(TOPICS_PER_SUBSCRIPTION).enumerate() {
+            let mut kinds: Vec<u16> = chunk.iter().map(|one| one.topic.kind()).collect();
+            kinds.sort_unstable();
+            kinds.dedup();
+            let topics: Vec<&str> = chunk.iter().map(|one| one.topic.as_str()).collect();
+            let filter = serde_json::json!({
+                "kinds": kinds,
+                "#x": topics,
+                "since": now.saturating_sub(LOOK_BACK_SECONDS),
+            });
+            let request = serde_json::json!(["REQ", format!("homeport-{index}"), filter]);
+            socket.feed(Message::text(request.to_string())).await?;
+        }
+        socket.flush().await
+    }
+
+    /// Makes sense of a relay's message; most of what is not an event is of no interest.
+    fn understand(&self, text: &str) -> Option<Heard> {
+        let parts: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+        match parts.as_slice() {
+            [verb, _, event] if verb.get() == r#""EVENT""# => {
+                let event: Event<'_> = serde_json::from_str(event.get()).ok()?;
+                let topic = event.tags.iter().find(|tag| tag.first().is_some_and(|name| name == "x"))?.get(1)?;
+                let listening = &self.listening[*self.by_topic.get(topic.as_ref())?];
+                let signal = Signal::parse(&event.content)?;
+                Some(Heard::Said {
+                    relay: self.index,
+                    event_id: event.id,
+                    room: listening.room,
+                    to_self: listening.to_self,
+                    signal,
+                })
+            }
+            // Refusals are worth a person's attention: a relay that refuses is no relay.
+            [verb, rest @ ..] if matches!(verb.get(), r#""CLOSED""# | r#""NOTICE""#) => {
+                let reason = rest.last().map_or("", |reason| reason.get());
+                tracing::warn!(relay = %self.url, reason = ?truncated(reason), "a relay refuses");
+                None
+            }
+            [verb, _, accepted, reason] if verb.get() == r#""OK""# && accepted.get() == "false" => {
+                tracing::debug!(relay = %self.url, reason = ?truncated(reason.get()), "a relay refused an event");
+                None
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The start of a text from outside, for the log.
+fn truncated(text: &str) -> &str {
+    text.char_indices().nth(200).map_or(text, |(end, _)| &text[..end])
+}
