@@ -1,0 +1,261 @@
+//! The seed in its rooms, with peers on another WebRTC stack, through our relay over real sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod support;
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use genosdb::{MemoryGraph, Operation};
+use seed_peer::{Bounds, Config, RoomConfig, Server};
+use support::{Client, PATIENCE, View, new_id};
+
+fn relay() -> relay::Server {
+    relay_at("127.0.0.1:0".parse().unwrap())
+}
+
+fn relay_at(listen: SocketAddr) -> relay::Server {
+    relay::Server::bind(relay::Config { listen, limits: relay::Limits::default(), routes: axum::Router::new() })
+        .unwrap()
+}
+
+fn url(relay: &relay::Server) -> String {
+    format!("ws://{}/", relay.address())
+}
+
+fn seed(relays: &[&str], data: &Path) -> Server {
+    Server::bind(Config {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        external: None,
+        data: data.to_owned(),
+        relays: relays.iter().map(|url| (*url).to_owned()).collect(),
+        rooms: vec![
+            RoomConfig { name: "my-app".into(), password: String::new() },
+            RoomConfig { name: "secret".into(), password: "pw1".into() },
+        ],
+        bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
+        message_bytes: 8 << 20,
+        max_links: 100,
+    })
+    .unwrap()
+}
+
+fn join(relay: &str) -> Client {
+    Client::join(relay, "my-app", "", new_id(), MemoryGraph::default())
+}
+
+/// Waits until the seed has counted `count` of something.
+async fn counted(seed: &Server, name: &str, label: &str, count: f64) {
+    let value = || -> f64 {
+        let families = seed.telemetry().registry.gather();
+        let metrics = families.iter().filter(|family| family.name() == name).flat_map(|family| family.get_metric());
+        metrics
+            .filter(|metric| label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label))
+            .map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value())
+            .sum()
+    };
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while value() < count {
+        assert!(tokio::time::Instant::now() < deadline, "{name} {label}: {} of {count}", value());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+fn nodes(view: &View) -> Vec<genosdb::Node> {
+    view.graph.full_state().nodes
+}
+
+const SCRIPT: &str = r#"
+    put a {"text":"hello","n":1.5}
+    put b [1,2,3]
+    put c "gone soon"
+    link a b
+    link a c
+    put b {"edited":true}
+    remove c
+"#;
+
+#[tokio::test]
+async fn what_a_peer_wrote_outlives_it_and_a_restart() {
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let first_seed = seed(&[&url(&relay)], data.path());
+    let mut writer = join(&url(&relay));
+    writer.until("a link to the seed", |view| view.linked.len() == 1).await;
+    writer.write(SCRIPT);
+    let written = writer.until("the own writes", |view| view.graph.get("b").is_some()).await;
+    counted(&first_seed, "homeport_seed_operations_total", "applied", 7.0).await;
+    writer.leave().await;
+
+    let mut newcomer = join(&url(&relay));
+    let view = newcomer.until("the state", |view| view.graph.get("b").is_some()).await;
+    assert_eq!(nodes(&view), nodes(&written));
+    assert_eq!(view.graph.full_state(), written.graph.full_state());
+    newcomer.leave().await;
+
+    first_seed.shutdown().await;
+    let second_seed = seed(&[&url(&relay)], data.path());
+    let mut newcomer = join(&url(&relay));
+    let view = newcomer.until("the state from disk", |view| view.graph.get("b").is_some()).await;
+    assert_eq!(view.graph.full_state(), written.graph.full_state());
+    newcomer.leave().await;
+    second_seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_password_room_is_for_those_who_know_the_password() {
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let stranger = Client::join(&url(&relay), "secret", "guess", new_id(), MemoryGraph::default());
+    let mut friend = Client::join(&url(&relay), "secret", "pw1", new_id(), MemoryGraph::default());
+    friend.until("a link", |view| view.linked.len() == 1).await;
+    friend.write(r#"put a {"secret":1}"#);
+    counted(&seed, "homeport_seed_operations_total", "applied", 1.0).await;
+    counted(&seed, "homeport_seed_link_outcomes_total", "wrong_password", 1.0).await;
+    assert!(stranger.view().linked.is_empty());
+    stranger.vanish();
+    friend.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_seed_takes_what_it_lacks_and_gives_what_a_peer_lacks() {
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let mut first = join(&url(&relay));
+    first.until("a link", |view| view.linked.len() == 1).await;
+    first.write("put a 1\nput b 2");
+    counted(&seed, "homeport_seed_operations_total", "applied", 2.0).await;
+    first.leave().await;
+
+    // A peer that wrote while it was alone, more than a client's log keeps, with older and newer timestamps.
+    let mut alone = MemoryGraph::default();
+    let now = support::wall_ms();
+    for (index, at) in [now - 3_600_000, now + 1_000].into_iter().enumerate() {
+        for number in 0..300 {
+            let text = format!(
+                r#"{{"type":"upsert","id":"x{index}-{number}","value":{number},"timestamp":{{"physical":{at},"logical":{number}}}}}"#
+            );
+            alone.apply(&Operation::parse(&text, &mut 0).unwrap(), now);
+        }
+    }
+    let mut second = Client::join(&url(&relay), "my-app", "", new_id(), alone);
+    second.until("what the seed had", |view| view.graph.get("a").is_some() && view.graph.get("b").is_some()).await;
+    counted(&seed, "homeport_seed_nodes", "my-app", 602.0).await;
+    let held = nodes(&second.view());
+    second.leave().await;
+
+    let mut third = join(&url(&relay));
+    let view = third.until("all of it", |view| view.graph.iter().count() >= 602).await;
+    assert_eq!(nodes(&view), held);
+    third.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_reloaded_tab_comes_back_under_its_id() {
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let id = new_id();
+    let mut tab = Client::join(&url(&relay), "my-app", "", id, MemoryGraph::default());
+    tab.until("a link", |view| view.linked.len() == 1).await;
+    tab.write("put a 1\nput b 2");
+    counted(&seed, "homeport_seed_operations_total", "applied", 2.0).await;
+    let kept = tab.view().graph;
+    // Gone without a bye: the seed still holds the old link.
+    tab.vanish();
+    let mut tab = Client::join(&url(&relay), "my-app", "", id, kept);
+    tab.until("a link again", |view| view.linked.len() == 1).await;
+    tab.write("put c 3");
+    counted(&seed, "homeport_seed_operations_total", "applied", 3.0).await;
+    counted(&seed, "homeport_seed_disconnects_total", "replaced", 1.0).await;
+    tab.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn relays_that_come_back_are_joined_again() {
+    let first = relay();
+    let address = first.address();
+    let second = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&first), &url(&second)], data.path());
+    counted(&seed, "homeport_seed_relays_connected", "", 2.0).await;
+    first.shutdown().await;
+    // The other relay still leads to the room.
+    let mut peer = join(&url(&second));
+    peer.until("a link through the second relay", |view| view.linked.len() == 1).await;
+    peer.leave().await;
+    let first = relay_at(address);
+    let mut peer = join(&url(&first));
+    peer.until("a link through the first relay", |view| view.linked.len() == 1).await;
+    peer.leave().await;
+    seed.shutdown().await;
+    first.shutdown().await;
+    second.shutdown().await;
+}
+
+#[tokio::test]
+async fn rubbish_is_counted_and_the_room_goes_on() {
+    use genosdb::{ChannelName, Content, Message};
+
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let mut calm = join(&url(&relay));
+    calm.until("a link", |view| view.linked.len() == 1).await;
+    let mut rude = join(&url(&relay));
+    let seed_id = calm.view().linked[0];
+    rude.until("a link to the seed", |view| view.linked.contains(&seed_id)).await;
+    // The calm client is a test client that does not put up with rubbish: only the seed shall get it.
+    calm.leave().await;
+    rude.until("being alone with the seed", |view| view.linked == [seed_id]).await;
+
+    let frame = |text: &str| Message::new(ChannelName::SYNC_GRAPH, Content::Json(text.into())).frame(0, 0);
+    rude.send_raw(b"short");
+    counted(&seed, "homeport_seed_refused_total", "frame", 1.0).await;
+    rude.send_raw(&frame("{\"no\":\"array\"}"));
+    counted(&seed, "homeport_seed_refused_total", "message", 1.0).await;
+    rude.send_raw(&frame(
+        r#"[{"type":"upsert","id":5},{"type":"nonsense"},{"type":"upsert","id":"good","value":1,"timestamp":{"physical":1795337371021,"logical":1}}]"#,
+    ));
+    counted(&seed, "homeport_seed_refused_total", "operation", 2.0).await;
+    counted(&seed, "homeport_seed_operations_total", "applied", 1.0).await;
+    let id = "x".repeat(2_000);
+    rude.send_raw(&frame(&format!(
+        r#"[{{"type":"upsert","id":"{id}","value":1,"timestamp":{{"physical":1795337371021,"logical":1}}}}]"#
+    )));
+    counted(&seed, "homeport_seed_operations_total", "too_large", 1.0).await;
+    for _ in 0..100 {
+        rude.send_raw(b"rubbish");
+    }
+    counted(&seed, "homeport_seed_disconnects_total", "misbehaved", 1.0).await;
+    rude.vanish();
+
+    let mut newcomer = join(&url(&relay));
+    let view = newcomer.until("the good node", |view| view.graph.get("good").is_some()).await;
+    assert_eq!(view.graph.iter().count(), 1);
+    newcomer.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_stays_silent_is_dropped() {
+    let relay = relay();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let mut peer = join(&url(&relay));
+    peer.until("a link", |view| view.linked.len() == 1).await;
+    peer.vanish();
+    counted(&seed, "homeport_seed_disconnects_total", "", 1.0).await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}

@@ -1,0 +1,435 @@
+//! A GenosDB peer on the `webrtc` crate, which shares nothing with the seed but the protocol's types. It does what a
+//! browser client does: announces, dials and answers, asks for what it lacks, keeps a graph.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use genosdb::frame::{Frame, Nonces};
+use genosdb::operation::{DeltaSync, Sync};
+use genosdb::{
+    APP_ID, Batch, ChannelName, Clock, Content, Limits, MemoryGraph, Message, Operation, PeerId, Reassembler, Room,
+    SdpKey, SealedDescription, Signal,
+};
+use nostr::event::FinalizeEvent as _;
+use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
+use rand::{Rng as _, RngCore as _};
+use tokio::sync::{mpsc, watch};
+use tokio_tungstenite::tungstenite::Message as Frames;
+use webrtc::api::APIBuilder;
+use webrtc::api::setting_engine::SettingEngine;
+use webrtc::data_channel::RTCDataChannel;
+use webrtc::peer_connection::RTCPeerConnection;
+use webrtc::peer_connection::configuration::RTCConfiguration;
+use webrtc::peer_connection::sdp::session_description::RTCSessionDescription;
+
+/// Nothing that a test awaits takes nearly so long.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a test sees of its peer.
+pub(crate) struct Client {
+    commands: mpsc::UnboundedSender<Command>,
+    state: watch::Receiver<View>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+/// The peer's graph and its open links, after each change.
+#[derive(Clone, Default)]
+pub(crate) struct View {
+    pub(crate) graph: MemoryGraph,
+    pub(crate) linked: Vec<PeerId>,
+    /// Every kind of operation that came in, in order.
+    pub(crate) heard: Vec<&'static str>,
+}
+
+enum Command {
+    Write(String),
+    Send(Vec<u8>),
+    Leave,
+}
+
+enum Event {
+    Opened(PeerId, Arc<RTCDataChannel>),
+    Frame(PeerId, Vec<u8>),
+    Closed(PeerId),
+}
+
+struct Link {
+    connection: Arc<RTCPeerConnection>,
+    channel: Option<Arc<RTCDataChannel>>,
+    reassembler: Reassembler,
+    nonces: Nonces,
+}
+
+pub(crate) fn new_id() -> PeerId {
+    let mut random = rand::rng();
+    PeerId::generate(|range| random.random_range(range))
+}
+
+pub(crate) fn wall_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+impl Client {
+    /// Joins the graph room of `database` through `relay`, with what `graph` already holds.
+    pub(crate) fn join(relay: &str, database: &str, password: &str, id: PeerId, graph: MemoryGraph) -> Self {
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let (views, state) = watch::channel(View { graph: graph.clone(), ..View::default() });
+        let room = Room::graph_sync(database);
+        let peer = Peer {
+            id,
+            key: SdpKey::derive(password, APP_ID, &room),
+            room,
+            relay: relay.to_owned(),
+            clock: Clock::starting_at(graph.latest().unwrap_or_default()),
+            views,
+            view: View { graph, ..View::default() },
+            links: HashMap::new(),
+            log: Vec::new(),
+        };
+        let task = tokio::spawn(peer.run(receiver));
+        Self { commands, state, task }
+    }
+
+    /// Writes through the operations that `script` names, one a line: `put ID JSON`, `link A B`, `remove ID`.
+    pub(crate) fn write(&self, script: &str) {
+        self.commands.send(Command::Write(script.to_owned())).unwrap();
+    }
+
+    /// Sends raw bytes on every data channel.
+    pub(crate) fn send_raw(&self, bytes: &[u8]) {
+        self.commands.send(Command::Send(bytes.to_owned())).unwrap();
+    }
+
+    /// What the peer holds now.
+    pub(crate) fn view(&self) -> View {
+        self.state.borrow().clone()
+    }
+
+    /// Waits until the peer's view is as wanted.
+    pub(crate) async fn until(&mut self, what: &str, mut wanted: impl FnMut(&View) -> bool) -> View {
+        let waiting = tokio::time::timeout(PATIENCE, self.state.wait_for(|view| wanted(view)));
+        if let Ok(Ok(view)) = waiting.await {
+            return view.clone();
+        }
+        let view = self.view();
+        panic!("nothing came of: {what}; {} nodes, linked {:?}", view.graph.iter().count(), view.linked)
+    }
+
+    /// Says bye, and closes its links.
+    pub(crate) async fn leave(self) {
+        self.commands.send(Command::Leave).unwrap();
+        tokio::time::timeout(PATIENCE, self.task).await.expect("leaving takes too long").unwrap();
+    }
+
+    /// Vanishes without a word, as a crashed tab does.
+    pub(crate) fn vanish(self) {
+        self.task.abort();
+    }
+}
+
+struct Peer {
+    id: PeerId,
+    key: SdpKey,
+    room: Room,
+    relay: String,
+    clock: Clock,
+    views: watch::Sender<View>,
+    view: View,
+    links: HashMap<PeerId, Link>,
+    /// The last operations, as clients keep them.
+    log: Vec<Operation>,
+}
+
+impl Peer {
+    async fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+        let (mut socket, _) = tokio_tungstenite::connect_async(self.relay.as_str()).await.unwrap();
+        let keys = Keys::generate();
+        let (root, own) = (self.room.root_topic(), self.room.self_topic(&self.id));
+        for (name, topic) in [("root", &root), ("own", &own)] {
+            let filter = serde_json::json!({
+                "kinds": [topic.kind()], "since": wall_ms() / 1000, "#x": [topic.as_str()]
+            });
+            let request = serde_json::json!(["REQ", name.repeat(16), filter]);
+            socket.send(Frames::text(request.to_string())).await.unwrap();
+        }
+        let (event_sender, mut events) = mpsc::unbounded_channel();
+        let mut announce = tokio::time::interval(Duration::from_millis(2_500));
+        loop {
+            let mut out: Vec<(genosdb::Topic, Signal)> = Vec::new();
+            tokio::select! {
+                _ = announce.tick() => out.push((root.clone(), Signal::Announce { peer: self.id })),
+                message = socket.next() => {
+                    let Some(Ok(message)) = message else { return };
+                    let Frames::Text(text) = message else { continue };
+                    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+                    if value[0] == "EVENT" && let Some(signal) = Signal::parse(value[2]["content"].as_str().unwrap()) {
+                        out.extend(self.hear(signal, &event_sender).await);
+                    }
+                }
+                Some(event) = events.recv() => self.handle(event).await,
+                command = commands.recv() => match command {
+                    Some(Command::Write(script)) => self.write(&script).await,
+                    Some(Command::Send(bytes)) => for link in self.links.values() {
+                        if let Some(channel) = &link.channel {
+                            channel.send(&bytes.clone().into()).await.unwrap();
+                        }
+                    },
+                    Some(Command::Leave) | None => {
+                        socket.send(sign(&keys, &root, &Signal::Bye { peer: self.id })).await.unwrap();
+                        socket.close(None).await.unwrap();
+                        for link in self.links.values() {
+                            // Closing what is closed already is an error there.
+                            let _ = link.connection.close().await;
+                        }
+                        return;
+                    }
+                }
+            }
+            for (topic, signal) in out {
+                if socket.send(sign(&keys, &topic, &signal)).await.is_err() {
+                    return;
+                }
+            }
+            let _ = self.views.send(self.view.clone());
+        }
+    }
+
+    async fn hear(
+        &mut self,
+        signal: Signal,
+        events: &mpsc::UnboundedSender<Event>,
+    ) -> Option<(genosdb::Topic, Signal)> {
+        let peer = signal.peer();
+        if peer == self.id {
+            return None;
+        }
+        let topic = self.room.self_topic(&peer);
+        match signal {
+            Signal::Announce { .. } if !self.links.contains_key(&peer) => {
+                let connection = connection().await;
+                let channel = connection.create_data_channel("data", None).await.unwrap();
+                watch_channel(peer, &channel, events);
+                let offer = connection.create_offer(None).await.unwrap();
+                let sdp = self.seal(&described(&connection, offer).await);
+                self.add_link(peer, connection);
+                Some((topic, Signal::Offer { peer: self.id, sdp, superpeer: false }))
+            }
+            Signal::Offer { sdp, .. } => {
+                if let Some(link) = self.links.get(&peer) {
+                    if link.channel.is_none() && self.id > peer {
+                        return None;
+                    }
+                    let _ = link.connection.close().await;
+                    self.unlinked(peer);
+                }
+                let Ok(sdp) = self.key.open(&sdp.0) else { return None };
+                let connection = connection().await;
+                let sender = events.clone();
+                connection.on_data_channel(Box::new(move |channel| {
+                    watch_channel(peer, &channel, &sender);
+                    Box::pin(async {})
+                }));
+                connection.set_remote_description(RTCSessionDescription::offer(sdp).unwrap()).await.unwrap();
+                let answer = connection.create_answer(None).await.unwrap();
+                let sdp = self.seal(&described(&connection, answer).await);
+                self.add_link(peer, connection);
+                Some((topic, Signal::Answer { peer: self.id, sdp }))
+            }
+            Signal::Answer { sdp, .. } => {
+                let link = self.links.get(&peer)?;
+                let sdp = self.key.open(&sdp.0).ok()?;
+                let answer = RTCSessionDescription::answer(sdp).unwrap();
+                // A second answer to one offer is late, and refused.
+                let _ = link.connection.set_remote_description(answer).await;
+                None
+            }
+            Signal::Bye { .. } => {
+                self.unlinked(peer);
+                None
+            }
+            Signal::Announce { .. } => None,
+        }
+    }
+
+    fn seal(&self, sdp: &str) -> SealedDescription {
+        let mut iv = [0; 12];
+        rand::rng().fill_bytes(&mut iv);
+        SealedDescription(self.key.seal(iv, sdp))
+    }
+
+    fn add_link(&mut self, peer: PeerId, connection: Arc<RTCPeerConnection>) {
+        let reassembler = Reassembler::new(Limits::default());
+        self.links.insert(peer, Link { connection, channel: None, reassembler, nonces: Nonces::default() });
+    }
+
+    fn unlinked(&mut self, peer: PeerId) {
+        self.links.remove(&peer);
+        self.view.linked.retain(|linked| *linked != peer);
+    }
+
+    async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Opened(peer, channel) => {
+                let Some(link) = self.links.get_mut(&peer) else { return };
+                link.channel = Some(channel);
+                self.view.linked.push(peer);
+                // Sent to everyone whenever a peer joins.
+                let sync = Operation::Sync(Sync { timestamp: self.view.graph.latest(), extra: Vec::new() });
+                self.broadcast(&[sync]).await;
+            }
+            Event::Closed(peer) => self.unlinked(peer),
+            Event::Frame(peer, bytes) => {
+                let Some(link) = self.links.get_mut(&peer) else { return };
+                let frame = Frame::parse(&bytes).unwrap();
+                match link.reassembler.push(&frame).unwrap() {
+                    Some((ChannelName::PING, _)) => self.send(peer, &Message::empty(ChannelName::PONG)).await,
+                    Some((ChannelName::LEAVE, _)) => self.unlinked(peer),
+                    Some((ChannelName::SYNC_GRAPH, Content::Json(text))) => self.receive(&text).await,
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    async fn receive(&mut self, text: &str) {
+        let batch = Batch::parse(text).unwrap();
+        assert_eq!(batch.malformed, 0, "{text}");
+        for operation in batch.operations {
+            let kind = match &operation {
+                Operation::Sync(_) => "sync",
+                Operation::DeltaSync(_) => "deltaSync",
+                Operation::FullStateSync(_) => "fullStateSync",
+                Operation::Upsert(_) => "upsert",
+                Operation::Remove(_) => "remove",
+                Operation::Link(_) => "link",
+            };
+            self.view.heard.push(kind);
+            match operation {
+                Operation::Sync(Sync { timestamp, .. }) => {
+                    let oldest = self.log.first().map(timestamp_of);
+                    let recent = timestamp.is_some() && oldest.is_some() && timestamp >= oldest;
+                    let answer = if recent {
+                        Operation::DeltaSync(DeltaSync {
+                            operations: self.log.clone(),
+                            timestamp: self.view.graph.latest(),
+                            extra: Vec::new(),
+                        })
+                    } else {
+                        Operation::FullStateSync(self.view.graph.full_state())
+                    };
+                    self.broadcast(&[answer]).await;
+                }
+                Operation::DeltaSync(delta) => {
+                    for operation in &delta.operations {
+                        self.view.graph.apply(operation, wall_ms());
+                    }
+                }
+                Operation::FullStateSync(state) => {
+                    if self.view.graph.merge(&state, wall_ms()).sender_lacks {
+                        let answer = Operation::FullStateSync(self.view.graph.full_state());
+                        self.broadcast(&[answer]).await;
+                    }
+                }
+                change => {
+                    self.clock.receive(timestamp_of(&change), wall_ms());
+                    self.view.graph.apply(&change, wall_ms());
+                }
+            }
+        }
+    }
+
+    async fn write(&mut self, script: &str) {
+        let mut operations = Vec::new();
+        for line in script.lines().filter(|line| !line.trim().is_empty()) {
+            let at = self.clock.now(wall_ms());
+            let at = format!(r#"{{"physical":{},"logical":{}}}"#, at.physical, at.logical);
+            let words: Vec<&str> = line.trim().splitn(3, ' ').collect();
+            let text = match words.as_slice() {
+                ["put", id, value] => format!(r#"{{"type":"upsert","id":"{id}","value":{value},"timestamp":{at}}}"#),
+                ["link", one, other] => {
+                    format!(r#"{{"type":"link","sourceId":"{one}","targetId":"{other}","timestamp":{at}}}"#)
+                }
+                ["remove", id] => format!(r#"{{"type":"remove","id":"{id}","timestamp":{at}}}"#),
+                other => panic!("{other:?}"),
+            };
+            let operation = Operation::parse(&text, &mut 0).unwrap();
+            self.view.graph.apply(&operation, wall_ms());
+            operations.push(operation);
+        }
+        self.log.extend(operations.iter().cloned());
+        self.log.drain(..self.log.len().saturating_sub(200));
+        self.broadcast(&operations).await;
+    }
+
+    async fn broadcast(&mut self, operations: &[Operation]) {
+        let message = Message::new(ChannelName::SYNC_GRAPH, Content::Json(Batch::print(operations)));
+        let peers: Vec<PeerId> = self.links.keys().copied().collect();
+        for peer in peers {
+            self.send(peer, &message).await;
+        }
+    }
+
+    async fn send(&mut self, peer: PeerId, message: &Message) {
+        let Some(Link { channel: Some(channel), nonces, .. }) = self.links.get_mut(&peer) else { return };
+        let nonce = nonces.next(message.channel());
+        for index in 0..message.frames() {
+            // A link that has just closed says so by itself.
+            let _ = channel.send(&message.frame(nonce, index).into()).await;
+        }
+    }
+}
+
+fn timestamp_of(operation: &Operation) -> genosdb::Hlc {
+    match operation {
+        Operation::Upsert(upsert) => upsert.timestamp,
+        Operation::Remove(remove) => remove.timestamp,
+        Operation::Link(link) => link.timestamp,
+        _ => genosdb::Hlc::default(),
+    }
+}
+
+fn sign(keys: &Keys, topic: &genosdb::Topic, signal: &Signal) -> Frames {
+    let event = EventBuilder::new(Kind::from(topic.kind()), signal.to_content())
+        .tag(Tag::parse(["x", topic.as_str()]).unwrap())
+        .finalize(keys)
+        .unwrap();
+    Frames::text(serde_json::json!(["EVENT", event]).to_string())
+}
+
+async fn connection() -> Arc<RTCPeerConnection> {
+    // The crate asks for the process's provider; a second test of the process finds it there.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let mut settings = SettingEngine::default();
+    settings.set_include_loopback_candidate(true);
+    settings.set_ice_multicast_dns_mode(webrtc::ice::mdns::MulticastDnsMode::Disabled);
+    let api = APIBuilder::new().with_setting_engine(settings).build();
+    Arc::new(api.new_peer_connection(RTCConfiguration::default()).await.unwrap())
+}
+
+/// Sets the local description, waits for its candidates, and returns it whole: nothing is trickled.
+async fn described(connection: &RTCPeerConnection, description: RTCSessionDescription) -> String {
+    let mut gathered = connection.gathering_complete_promise().await;
+    connection.set_local_description(description).await.unwrap();
+    let _ = gathered.recv().await;
+    connection.local_description().await.unwrap().sdp
+}
+
+fn watch_channel(peer: PeerId, channel: &Arc<RTCDataChannel>, events: &mpsc::UnboundedSender<Event>) {
+    let (sender, opened) = (events.clone(), Arc::clone(channel));
+    channel.on_open(Box::new(move || {
+        let _ = sender.send(Event::Opened(peer, opened));
+        Box::pin(async {})
+    }));
+    let sender = events.clone();
+    channel.on_message(Box::new(move |message| {
+        let _ = sender.send(Event::Frame(peer, message.data.to_vec()));
+        Box::pin(async {})
+    }));
+    let sender = events.clone();
+    channel.on_close(Box::new(move || {
+        let _ = sender.send(Event::Closed(peer));
+        Box::pin(async {})
+    }));
+}
