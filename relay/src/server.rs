@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::subscriptions::Subscriptions;
 
 /// How long open connections get to say goodbye at shutdown.
-const DRAIN: Duration = Duration::from_secs(1);
+const DRAIN: Duration = Duration::from_millis(500);
 
 /// What a client may ask of the relay. All of it stands in the NIP-11 document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,7 +128,7 @@ impl Server {
         &self.telemetry.health
     }
 
-    /// Stops accepting, tells every client that it may reconnect elsewhere (1012), and ends within about a second.
+    /// Stops accepting, tells every client that it may reconnect elsewhere (1012), and ends within about half a second.
     pub async fn shutdown(self) {
         self.stop.cancel();
         self.connections.close();

@@ -96,7 +96,8 @@ pub struct Server {
     address: SocketAddr,
     telemetry: Telemetry,
     stop: CancellationToken,
-    mesh: JoinHandle<Archive>,
+    /// `None` once it has ended.
+    mesh: Option<JoinHandle<Archive>>,
 }
 
 impl Server {
@@ -171,7 +172,7 @@ impl Server {
             metrics,
         });
         let stop = CancellationToken::new();
-        let mesh = tokio::spawn(mesh.run(heard, replies, stop.clone()));
+        let mesh = Some(tokio::spawn(mesh.run(heard, replies, stop.clone())));
         Ok(Self { address, telemetry, stop, mesh })
     }
 
@@ -185,17 +186,31 @@ impl Server {
         &self.telemetry
     }
 
+    /// Resolves when the seed has ended by itself, which it never should.
+    pub async fn ended(&mut self) {
+        match self.mesh.as_mut() {
+            Some(mesh) => {
+                if let Err(error) = mesh.await {
+                    tracing::error!(%error, "the seed peer has ended early");
+                }
+                self.mesh = None;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
     /// Says goodbye to every room, commits what was accepted, and ends within about two seconds.
     pub async fn shutdown(self) {
         self.stop.cancel();
-        match self.mesh.await {
+        let Some(mesh) = self.mesh else { return };
+        match mesh.await {
             Ok(archive) => {
                 let closing = tokio::task::spawn_blocking(move || archive.close());
                 if tokio::time::timeout(CLOSE_TIMEOUT, closing).await.is_err() {
                     tracing::error!("the archive did not finish in time");
                 }
             }
-            Err(error) => tracing::error!(%error, "the mesh had ended early"),
+            Err(error) => tracing::error!(%error, "the seed peer had ended early"),
         }
     }
 }

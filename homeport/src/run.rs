@@ -1,0 +1,147 @@
+//! Starts services, waits for a signal, and ends them in order.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Context as _, bail};
+use service::{MetricsServer, Telemetry};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::client_config::ClientConfig;
+use crate::settings::Settings;
+use crate::summary::Summary;
+use crate::turn_secret;
+
+/// Which services run in this process.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Services {
+    pub(crate) relay: bool,
+    pub(crate) turn: bool,
+    pub(crate) seed: bool,
+}
+
+impl Services {
+    /// The relay, the TURN server and the seed peer.
+    pub(crate) const ALL: Self = Self { relay: true, turn: true, seed: true };
+    /// Nothing, to build on.
+    pub(crate) const NONE: Self = Self { relay: false, turn: false, seed: false };
+}
+
+/// Runs `services` until SIGINT or SIGTERM.
+pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::Result<()> {
+    // Before anything is bound: a signal that comes early must not be lost.
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+
+    let credentials = settings.turn_credentials();
+    if services.turn && credentials.secret.is_none() && credentials.users.is_empty() {
+        if !services.seed {
+            bail!("nobody could use this TURN server: set turn.secret or turn.users");
+        }
+        settings.turn.secret = Some(turn_secret::load_or_create(&settings.seed.data)?);
+    }
+    let mut summary = Summary::default();
+    let mut telemetry: Vec<Telemetry> = Vec::new();
+
+    let turn = if services.turn {
+        let server = turn_server::Server::bind(settings.turn()?).await?;
+        summary.turn = Some((server.address(), server.external_ip()));
+        telemetry.push(server.telemetry().clone());
+        Some(server)
+    } else {
+        None
+    };
+    let relay = if services.relay {
+        let server = relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes()))?;
+        summary.relay = Some((server.address(), settings.relay.public_url.clone()));
+        telemetry.push(server.telemetry().clone());
+        Some(server)
+    } else {
+        None
+    };
+    let mut seed = if services.seed {
+        let own_relay = relay.as_ref().map(|relay| own_url(relay.address()));
+        let server = seed_peer::Server::bind(settings.seed(own_relay)?)?;
+        summary.seed = Some((server.address(), settings.seed.data.clone()));
+        summary.rooms = settings.seed.room.iter().map(|room| room.name.clone()).collect();
+        telemetry.push(server.telemetry().clone());
+        Some(server)
+    } else {
+        None
+    };
+    let metrics = MetricsServer::bind(settings.metrics.listen, telemetry)?;
+    summary.metrics = Some(metrics.address());
+    let mut out = std::io::stdout();
+    let text = summary.print(out.is_terminal());
+    // Nobody may be reading: that is no reason not to run.
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+
+    let ended = async {
+        match seed.as_mut() {
+            Some(seed) => seed.ended().await,
+            None => std::future::pending().await,
+        }
+    };
+    let result = tokio::select! {
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+        () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
+    };
+    let stopping = async {
+        // The seed says goodbye through the relay: it goes first.
+        if let Some(seed) = seed {
+            seed.shutdown().await;
+        }
+        let relay = async {
+            if let Some(relay) = relay {
+                relay.shutdown().await;
+            }
+        };
+        let turn = async {
+            if let Some(turn) = turn {
+                turn.shutdown().await;
+            }
+        };
+        tokio::join!(relay, turn, metrics.shutdown());
+    };
+    tokio::select! {
+        () = stopping => {}
+        // A second signal means now.
+        _ = interrupt.recv() => bail!("stopped at once"),
+    }
+    result.context("homeport ended")
+}
+
+/// What apps are told of this process's services, and of those that the settings name.
+fn client_config(
+    settings: &Settings,
+    own_turn: Option<(SocketAddr, std::net::IpAddr)>,
+) -> anyhow::Result<ClientConfig> {
+    let address = match own_turn {
+        Some((listen, external)) => Some(SocketAddr::new(external, listen.port())),
+        // TURN runs elsewhere: it can only be named when its address is set.
+        None => match settings.turn_external_ip()? {
+            turn_server::ExternalIp::Auto => None,
+            set => {
+                let (public, _) = set.resolve(settings.turn.listen.ip());
+                Some(SocketAddr::new(public, settings.turn.listen.port()))
+            }
+        },
+    };
+    Ok(ClientConfig {
+        relay_url: settings.relay.public_url.clone(),
+        relay_listen: settings.relay.listen,
+        turn: address.zip(settings.turn.secret.clone()),
+    })
+}
+
+/// The address under which this process reaches its own relay.
+fn own_url(listen: SocketAddr) -> String {
+    let ip = match listen {
+        SocketAddr::V4(v4) if v4.ip().is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        // A socket for all of IPv6 takes IPv4 as well, and IPv4 is everywhere.
+        SocketAddr::V6(v6) if *v6.ip() == Ipv6Addr::UNSPECIFIED => Ipv4Addr::LOCALHOST.into(),
+        other => other.ip(),
+    };
+    format!("ws://{}/", SocketAddr::new(ip, listen.port()))
+}

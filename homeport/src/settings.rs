@@ -1,0 +1,416 @@
+//! The settings of all services, as file and environment spell them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+
+use figment::providers::Serialized;
+use figment::value::Dict;
+use seed_peer::{Bounds, ExternalAddress};
+use serde::{Deserialize, Serialize};
+use service::settings::SettingsError;
+use turn_server::{Credentials, ExternalIp};
+
+/// The file that is read when it is there and no other is named.
+const DEFAULT_FILE: &str = "homeport.toml";
+
+/// Variables that look like settings and are not.
+const NOT_SETTINGS: &[&str] = &["HOMEPORT_CONFIG", "HOMEPORT_DATA", "HOMEPORT_LOG"];
+
+/// Everything that can be set.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Settings {
+    pub(crate) relay: RelaySettings,
+    pub(crate) turn: TurnSettings,
+    pub(crate) seed: SeedSettings,
+    pub(crate) metrics: MetricsSettings,
+    tls: Option<TlsSettings>,
+}
+
+/// `[relay]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RelaySettings {
+    /// Where to listen for WebSocket and HTTP.
+    pub(crate) listen: SocketAddr,
+    /// The address under which apps reach the relay, when that is not the one it listens on.
+    pub(crate) public_url: Option<String>,
+    /// Who may use the relay.
+    admission: Admission,
+    /// Connections at a time.
+    max_connections: usize,
+    /// Bytes of one message.
+    max_message_bytes: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Admission {
+    Open,
+    Rooms,
+    Auth,
+}
+
+/// `[turn]`
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TurnSettings {
+    /// Where to listen for clients.
+    pub(crate) listen: SocketAddr,
+    /// Where to listen for clients with TLS; used when `[tls]` is set.
+    listen_tls: SocketAddr,
+    /// `auto`, an address, or `public/private`.
+    external_ip: OneOrMany,
+    /// The ports of allocations, as `first-last`.
+    relay_ports: String,
+    /// The realm of credentials.
+    realm: String,
+    /// Mints time-limited credentials.
+    pub(crate) secret: Option<String>,
+    /// Static users and their passwords.
+    users: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for TurnSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TurnSettings").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// `[seed]`
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct SeedSettings {
+    /// The UDP port of all WebRTC links.
+    listen: SocketAddr,
+    /// The folder of the archive.
+    pub(crate) data: PathBuf,
+    /// The identity that signs.
+    identity: Option<String>,
+    /// As `turn.external_ip`, and by default the same.
+    external_ip: Option<String>,
+    /// Relays to meet peers through, besides our own.
+    pub(crate) relays: Vec<String>,
+    /// The rooms to stay in.
+    pub(crate) room: Vec<RoomSettings>,
+    /// Links at a time.
+    max_links: usize,
+    /// Bytes of one message of a peer.
+    max_message_bytes: usize,
+}
+
+impl fmt::Debug for SeedSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SeedSettings").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+/// `[[seed.room]]`
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RoomSettings {
+    /// The database's name.
+    pub(crate) name: String,
+    /// Cells, as the apps set them.
+    cells: Option<Cells>,
+    /// The room's password.
+    password: Option<String>,
+    /// Who rules the room.
+    super_admins: Vec<String>,
+}
+
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Cells {
+    Switch(bool),
+    Sized {
+        #[serde(rename = "cell_size")]
+        _cell_size: u32,
+    },
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct MetricsSettings {
+    /// Where to listen for `/metrics`, `/healthz` and `/readyz`.
+    pub(crate) listen: SocketAddr,
+}
+
+/// `[tls]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct TlsSettings {}
+
+/// All addresses of this machine, of both families.
+fn everywhere(port: u16) -> SocketAddr {
+    SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port))
+}
+
+impl Default for RelaySettings {
+    fn default() -> Self {
+        let limits = relay::Limits::default();
+        Self {
+            listen: everywhere(8080),
+            public_url: None,
+            admission: Admission::Open,
+            max_connections: limits.connections,
+            max_message_bytes: limits.message_bytes,
+        }
+    }
+}
+
+impl Default for TurnSettings {
+    fn default() -> Self {
+        Self {
+            listen: everywhere(3478),
+            listen_tls: everywhere(5349),
+            external_ip: OneOrMany::One("auto".into()),
+            relay_ports: "49152-65535".into(),
+            realm: "homeport".into(),
+            secret: None,
+            users: BTreeMap::new(),
+        }
+    }
+}
+
+impl Default for SeedSettings {
+    fn default() -> Self {
+        Self {
+            listen: everywhere(3479),
+            data: "homeport-data".into(),
+            identity: None,
+            external_ip: None,
+            relays: Vec::new(),
+            room: Vec::new(),
+            max_links: 4_096,
+            max_message_bytes: 64 << 20,
+        }
+    }
+}
+
+impl Default for MetricsSettings {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) }
+    }
+}
+
+/// Loads the settings: defaults, then file, then environment, then what the command line says.
+pub(crate) fn load(file: Option<&Path>, data: Option<&Path>, rooms: &[String]) -> Result<Settings, SettingsError> {
+    let default = Path::new(DEFAULT_FILE);
+    let file = file.or_else(|| Some(default).filter(|file| file.exists()));
+    // Names that are not UTF-8 are nobody's settings.
+    let environment =
+        std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let flags = Serialized::defaults(Dict::new());
+    let mut settings: Settings = service::settings::load(file, environment, NOT_SETTINGS, flags)?;
+    if let Some(data) = data {
+        data.clone_into(&mut settings.seed.data);
+    }
+    for name in rooms {
+        if !settings.seed.room.iter().any(|room| room.name == *name) {
+            settings.seed.room.push(RoomSettings { name: name.clone(), ..RoomSettings::default() });
+        }
+    }
+    settings.check()?;
+    Ok(settings)
+}
+
+impl Settings {
+    /// Refuses what this version cannot do: better than leaving it out in silence.
+    fn check(&self) -> Result<(), SettingsError> {
+        let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
+        if self.relay.admission != Admission::Open {
+            return not_yet("relay.admission (other than \"open\")");
+        }
+        if self.seed.identity.is_some() {
+            return not_yet("seed.identity");
+        }
+        if self.tls.is_some() {
+            return not_yet("tls");
+        }
+        let mut names = std::collections::BTreeSet::new();
+        for room in &self.seed.room {
+            if room.name.is_empty() {
+                return Err(SettingsError::of("seed.room.name", "a room needs the name of its database"));
+            }
+            if !names.insert(&room.name) {
+                return Err(SettingsError::of("seed.room.name", format_args!("{:?} stands there twice", room.name)));
+            }
+            match room.cells {
+                None | Some(Cells::Switch(false)) => {}
+                Some(Cells::Switch(true) | Cells::Sized { .. }) => return not_yet("seed.room.cells"),
+            }
+            if !room.super_admins.is_empty() {
+                return not_yet("seed.room.super_admins");
+            }
+        }
+        for url in &self.seed.relays {
+            if !url.starts_with("ws://") && !url.starts_with("wss://") {
+                return Err(SettingsError::of(
+                    "seed.relays",
+                    format_args!("{url:?} does not start with ws:// or wss://"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The relay's configuration; `routes` are pages besides its own.
+    pub(crate) fn relay(&self, routes: axum::Router) -> relay::Config {
+        let limits = relay::Limits {
+            connections: self.relay.max_connections,
+            message_bytes: self.relay.max_message_bytes,
+            ..relay::Limits::default()
+        };
+        relay::Config { listen: self.relay.listen, limits, routes }
+    }
+
+    /// The TURN server's configuration.
+    pub(crate) fn turn(&self) -> Result<turn_server::Config, SettingsError> {
+        Ok(turn_server::Config {
+            listen: self.turn.listen,
+            external_ip: self.turn_external_ip()?,
+            relay_ports: port_range(&self.turn.relay_ports)?,
+            realm: self.turn.realm.clone(),
+            credentials: self.turn_credentials(),
+        })
+    }
+
+    /// Who may use the TURN server.
+    pub(crate) fn turn_credentials(&self) -> Credentials {
+        Credentials { users: self.turn.users.clone(), secret: self.turn.secret.clone() }
+    }
+
+    /// The address of allocations as set.
+    pub(crate) fn turn_external_ip(&self) -> Result<ExternalIp, SettingsError> {
+        let text = match &self.turn.external_ip {
+            OneOrMany::One(one) => one,
+            OneOrMany::Many(many) => match many.as_slice() {
+                [one] => one,
+                _ => return Err(SettingsError::of("turn.external_ip", "this version of homeport takes one address")),
+            },
+        };
+        text.parse().map_err(|error| SettingsError::of("turn.external_ip", error))
+    }
+
+    /// The seed's configuration, with `own_relay` in front of its relays.
+    pub(crate) fn seed(&self, own_relay: Option<String>) -> Result<seed_peer::Config, SettingsError> {
+        let external = match &self.seed.external_ip {
+            Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
+            None => self.turn_external_ip()?,
+        };
+        let external = match external {
+            ExternalIp::Auto => None,
+            ExternalIp::Address(public) => Some(ExternalAddress { public, private: None }),
+            ExternalIp::Mapped { public, private } => Some(ExternalAddress { public, private: Some(private) }),
+        };
+        let rooms = self.seed.room.iter().map(|room| seed_peer::RoomConfig {
+            name: room.name.clone(),
+            password: room.password.clone().unwrap_or_default(),
+        });
+        Ok(seed_peer::Config {
+            listen: self.seed.listen,
+            external,
+            data: self.seed.data.clone(),
+            relays: own_relay.into_iter().chain(self.seed.relays.iter().cloned()).collect(),
+            rooms: rooms.collect(),
+            bounds: Bounds::default(),
+            message_bytes: self.seed.max_message_bytes,
+            max_links: self.seed.max_links,
+        })
+    }
+}
+
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, SettingsError> {
+    let range = text.split_once('-').and_then(|(first, last)| {
+        let range = first.trim().parse::<u16>().ok()?..=last.trim().parse::<u16>().ok()?;
+        (*range.start() > 0 && !range.is_empty()).then_some(range)
+    });
+    range.ok_or_else(|| SettingsError::of("turn.relay_ports", format_args!("expected \"first-last\", found {text:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Settings, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("homeport.toml");
+        std::fs::write(&path, text).unwrap();
+        load(Some(&path), None, &["extra".into()]).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_full_file_is_understood() {
+        let settings = read(
+            r#"
+            [relay]
+            listen = "127.0.0.1:9001"
+            public_url = "wss://relay.example.com"
+            admission = "open"
+            [turn]
+            listen = "127.0.0.1:9002"
+            external_ip = ["203.0.113.7/10.0.0.2"]
+            relay_ports = "50000-50100"
+            secret = "north"
+            users = { alice = "password" }
+            [seed]
+            listen = "127.0.0.1:9003"
+            data = "/somewhere"
+            relays = ["wss://relay.example.org"]
+            [[seed.room]]
+            name = "my-app"
+            password = "pw"
+            [metrics]
+            listen = "127.0.0.1:9004"
+            "#,
+        )
+        .unwrap();
+        let turn = settings.turn().unwrap();
+        assert_eq!(turn.relay_ports, 50_000..=50_100);
+        assert_eq!(turn.credentials.users["alice"], "password");
+        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into())).unwrap();
+        assert_eq!(seed.relays, ["ws://127.0.0.1:9001/", "wss://relay.example.org"]);
+        assert_eq!(seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(), ["my-app", "extra"]);
+        // The seed stands behind the same mapping as TURN.
+        assert_eq!(seed.external.map(|external| external.public.to_string()).as_deref(), Some("203.0.113.7"));
+        assert!(!format!("{settings:?}").contains("north"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, expected) in [
+            ("[relay]\nlisten = 8080", "relay.listen"),
+            ("[relay]\nlisten = \"8080\"", "relay.listen"),
+            ("[relay]\nadmision = \"open\"", "relay.admission"),
+            ("[relay]\nadmission = \"rooms\"", "relay.admission"),
+            ("[turn]\nrelay_ports = \"5000\"", "turn.relay_ports"),
+            ("[turn]\nrelay_ports = \"6000-5000\"", "turn.relay_ports"),
+            ("[turn]\nexternal_ip = \"example.com\"", "turn.external_ip"),
+            ("[[seed.room]]\npasword = \"x\"", "password"),
+            ("[[seed.room]]\nname = \"\"", "seed.room.name"),
+            ("[[seed.room]]\nname = \"a\"\n[[seed.room]]\nname = \"a\"", "twice"),
+            ("[[seed.room]]\nname = \"a\"\ncells = true", "seed.room.cells"),
+            ("[[seed.room]]\nname = \"a\"\ncells = { cell_size = 5 }", "seed.room.cells"),
+            ("[seed]\nrelays = [\"https://x\"]", "seed.relays"),
+            ("[seeds]\ndata = \"x\"", "seed"),
+        ] {
+            let error = match read(text) {
+                Ok(settings) => settings.turn().map(|_| ()).map_err(|error| error.to_string()),
+                Err(error) => Err(error),
+            };
+            let message = error.unwrap_err();
+            assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
+}
