@@ -1,0 +1,59 @@
+// Debian's Chromium under Playwright, and a web server for the pages.
+import { createServer } from 'node:http';
+import { readFile } from 'node:fs/promises';
+import { dirname, extname, join, normalize, resolve, sep } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { once } from 'node:events';
+import { chromium } from 'playwright-core';
+
+const here = resolve(dirname(fileURLToPath(import.meta.url)), '..');
+const types = { '.html': 'text/html', '.mjs': 'text/javascript', '.js': 'text/javascript', '.wasm': 'application/wasm' };
+
+/** Serves the test pages, npm's packages under `/node_modules`, and `folders` by their names. */
+export async function servePages(folders = {}) {
+  const roots = { pages: join(here, 'pages'), node_modules: join(here, 'node_modules'), ...folders };
+  const server = createServer(async (request, response) => {
+    const path = normalize(decodeURIComponent(new URL(request.url, 'http://x').pathname));
+    const [, name, ...rest] = path.split(sep);
+    try {
+      const body = await readFile(join(roots[name], ...rest));
+      response.writeHead(200, { 'content-type': types[extname(path)] ?? 'application/octet-stream' }).end(body);
+    } catch {
+      response.writeHead(404).end();
+    }
+  }).listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  return {
+    url: `http://127.0.0.1:${server.address().port}`,
+    close: () => { server.closeAllConnections(); server.close(); },
+  };
+}
+
+export async function launchChromium() {
+  return chromium.launch({
+    executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+    headless: true,
+    args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+      '--disable-component-update', '--disable-sync'],
+  });
+}
+
+/** A page in a profile of its own; what it logs as an error comes with the test's failure. */
+export async function openPage(browser, url) {
+  const context = await browser.newContext();
+  const page = await context.newPage();
+  page.errors = [];
+  page.on('pageerror', error => page.errors.push(String(error)));
+  page.on('console', message => { if (message.type() === 'error') page.errors.push(message.text()); });
+  await page.goto(url);
+  return page;
+}
+
+/** Waits until `check`, run in the page with `argument`, is true. */
+export async function until(page, what, check, argument, timeout = 45_000) {
+  try {
+    await page.waitForFunction(check, argument, { timeout, polling: 50 });
+  } catch (error) {
+    throw new Error(`nothing came of: ${what} (${error.message.split('\n')[0]}); page errors: ${page.errors.join('; ')}`);
+  }
+}

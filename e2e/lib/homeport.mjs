@@ -1,0 +1,128 @@
+// A Homeport of the test's own: real binary, free ports, data in a folder that goes away.
+import { spawn } from 'node:child_process';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { createServer } from 'node:net';
+import { createSocket } from 'node:dgram';
+import { tmpdir } from 'node:os';
+import { dirname, join, resolve } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { once } from 'node:events';
+
+const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
+export const binary = process.env.HOMEPORT_BINARY ?? join(root, 'target/debug/homeport');
+
+export const TURN_USER = { username: 'alice', credential: 'e2e-password' };
+
+async function freeTcpPort() {
+  const server = createServer().listen(0, '127.0.0.1');
+  await once(server, 'listening');
+  const { port } = server.address();
+  server.close();
+  await once(server, 'close');
+  return port;
+}
+
+async function freeUdpPort() {
+  const socket = createSocket('udp4').bind(0, '127.0.0.1');
+  await once(socket, 'listening');
+  const { port } = socket.address();
+  socket.close();
+  await once(socket, 'close');
+  return port;
+}
+
+/** Settings by environment, as `HOMEPORT_…` variables. */
+export class Homeport {
+  #process;
+  #log = '';
+
+  static async start({ rooms = [], settings = {} } = {}) {
+    const homeport = new Homeport();
+    homeport.folder = await mkdtemp(join(tmpdir(), 'homeport-e2e-'));
+    homeport.rooms = rooms;
+    homeport.ports = {
+      relay: await freeTcpPort(),
+      metrics: await freeTcpPort(),
+      turn: await freeUdpPort(),
+      seed: await freeUdpPort(),
+    };
+    homeport.settings = settings;
+    await homeport.run();
+    return homeport;
+  }
+
+  get relayUrl() { return `ws://127.0.0.1:${this.ports.relay}`; }
+  get httpUrl() { return `http://127.0.0.1:${this.ports.relay}`; }
+  get metricsUrl() { return `http://127.0.0.1:${this.ports.metrics}`; }
+  get log() { return this.#log; }
+
+  /** What an app is given; TURN by the static user. */
+  get rtc() {
+    return {
+      relayUrls: [this.relayUrl],
+      turnConfig: [{ urls: [`turn:${this.turnHost}:${this.ports.turn}?transport=udp`], ...TURN_USER }],
+    };
+  }
+
+  /** Starts the process, again if need be, and waits until it is ready. */
+  async run() {
+    const environment = {
+      ...process.env,
+      HOMEPORT_RELAY__LISTEN: `[::]:${this.ports.relay}`,
+      HOMEPORT_TURN__LISTEN: `[::]:${this.ports.turn}`,
+      HOMEPORT_SEED__LISTEN: `[::]:${this.ports.seed}`,
+      HOMEPORT_METRICS__LISTEN: `127.0.0.1:${this.ports.metrics}`,
+      HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`,
+      HOMEPORT_SEED__ROOM: JSON.stringify(this.rooms.map(room => (typeof room === 'string' ? { name: room } : room)))
+        .replaceAll(/"(\w+)":/g, '$1='),
+      HOMEPORT_LOG: process.env.HOMEPORT_LOG ?? 'info,seed_peer=debug',
+      ...this.settings,
+    };
+    const child = spawn(binary, ['up', '--data', join(this.folder, 'data')], {
+      cwd: this.folder, env: environment, stdio: ['ignore', 'pipe', 'pipe'],
+    });
+    this.#process = child;
+    const ended = once(child, 'exit');
+    this.ended = ended;
+    let summary = '';
+    child.stderr.on('data', data => { this.#log += data; });
+    child.stdout.on('data', data => { summary += data; });
+    const deadline = Date.now() + 30_000;
+    for (;;) {
+      if (child.exitCode !== null) throw new Error(`homeport ended at start:\n${this.#log}`);
+      const ready = await fetch(`${this.metricsUrl}/readyz`).then(answer => answer.ok, () => false);
+      if (ready) break;
+      if (Date.now() > deadline) throw new Error(`homeport is not ready:\n${this.#log}`);
+      await new Promise(done => setTimeout(done, 25));
+    }
+    this.turnHost = /turn:([^ ]+):\d+ \(UDP\)/.exec(summary)[1];
+  }
+
+  /** `kill -9`: as a power cut, as far as the process goes. */
+  async kill() {
+    this.#process.kill('SIGKILL');
+    await this.ended;
+  }
+
+  /** SIGTERM; returns how long the end took, in ms. */
+  async terminate() {
+    const start = Date.now();
+    this.#process.kill('SIGTERM');
+    const [code] = await this.ended;
+    if (code !== 0) throw new Error(`homeport ended with ${code}:\n${this.#log}`);
+    return Date.now() - start;
+  }
+
+  /** The sum of a metric's series whose labels contain `label`. */
+  async metric(name, label = '') {
+    const text = await (await fetch(`${this.metricsUrl}/metrics`)).text();
+    return text.split('\n')
+      .filter(line => (line.startsWith(`${name}{`) || line.startsWith(`${name} `)) && line.includes(label))
+      .reduce((sum, line) => sum + Number(line.slice(line.lastIndexOf(' '))), 0);
+  }
+
+  async stop() {
+    if (this.#process.exitCode === null && this.#process.signalCode === null) await this.terminate();
+    await rm(this.folder, { recursive: true, force: true });
+  }
+}
