@@ -18,7 +18,7 @@ async function meet(relayOnly) {
   const iceServers = [{ urls: `turn:${homeport.turnHost}:${homeport.ports.turn}?transport=udp`, ...TURN_USER }];
   const both = await Promise.all([1, 2].map(() => openPage(browser, `${pages.url}/pages/trystero.html`)));
   for (const page of both) {
-    await until(page, 'the page', () => window.loaded);
+    await until(page, 'the page', () => window.loaded === true);
     await page.evaluate(([url, servers, relay]) => window.start(url, servers, relay),
       [homeport.relayUrl, relayOnly ? iceServers : [], relayOnly]);
   }

@@ -49,11 +49,17 @@ export async function openPage(browser, url) {
   return page;
 }
 
-/** Waits until `check`, run in the page with `argument`, is true. */
+/** Waits until `check`, run in the page with `argument`, comes out true; it may be asynchronous. */
 export async function until(page, what, check, argument, timeout = 45_000) {
-  try {
-    await page.waitForFunction(check, argument, { timeout, polling: 50 });
-  } catch (error) {
-    throw new Error(`nothing came of: ${what} (${error.message.split('\n')[0]}); page errors: ${page.errors.join('; ')}`);
+  const deadline = Date.now() + timeout;
+  for (;;) {
+    // A page that is just being loaded cannot be asked yet.
+    const answer = await page.evaluate(check, argument).catch(error => ({ error }));
+    if (answer === true) return;
+    if (Date.now() > deadline) {
+      const last = answer?.error?.message?.split('\n')[0] ?? answer;
+      throw new Error(`nothing came of: ${what} (last: ${last}); page errors: ${page.errors.join('; ')}`);
+    }
+    await new Promise(done => setTimeout(done, 30));
   }
 }

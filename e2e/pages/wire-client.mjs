@@ -1,0 +1,292 @@
+// A browser client of the GenosDB wire, written from the wire notes alone: what CI drives where GenosDB itself
+// cannot be had. It has the part of GenosDB's interface that the tests use (gdb, put, get, link, remove, map), runs on
+// the browser's own WebRTC, and shares no code with Homeport.
+import { schnorr } from '@noble/secp256k1';
+
+const utf8 = new TextEncoder();
+const text = new TextDecoder('utf-8', { fatal: true });
+const hex = bytes => [...bytes].map(byte => byte.toString(16).padStart(2, '0')).join('');
+const digest = async (name, value) => new Uint8Array(await crypto.subtle.digest(name, utf8.encode(value)));
+const newer = (one, other) =>
+  !other || one.physical > other.physical || (one.physical === other.physical && one.logical > other.logical);
+
+async function topicOf(plain) {
+  const topic = [...await digest('SHA-1', plain)].map(byte => byte.toString(36)).join('');
+  const sum = [...topic].reduce((total, character) => total + character.charCodeAt(0), 0);
+  return { topic, kind: 20000 + (sum % 10000) };
+}
+
+const transform = async (bytes, stream) =>
+  new Uint8Array(await new Response(new Blob([bytes]).stream().pipeThrough(stream)).arrayBuffer());
+
+class Sealer {
+  static async of(password, room) {
+    const sealer = new Sealer();
+    const raw = await digest('SHA-256', `${password}:1234:${room}`);
+    sealer.key = await crypto.subtle.importKey('raw', raw, 'AES-GCM', false, ['encrypt', 'decrypt']);
+    return sealer;
+  }
+  async seal(sdp) {
+    const iv = crypto.getRandomValues(new Uint8Array(12));
+    const sealed = new Uint8Array(await crypto.subtle.encrypt({ name: 'AES-GCM', iv }, this.key, utf8.encode(sdp)));
+    return `${[...iv].join(',')}$${btoa(String.fromCharCode(...sealed))}`;
+  }
+  async open(sealed) {
+    const [iv, body] = sealed.split('$');
+    const bytes = Uint8Array.from(atob(body), character => character.charCodeAt(0));
+    const opened = await crypto.subtle.decrypt(
+      { name: 'AES-GCM', iv: Uint8Array.from(iv.split(',').map(Number)) }, this.key, bytes);
+    return text.decode(opened);
+  }
+}
+
+class Relay {
+  constructor(url) {
+    this.url = url;
+    this.handlers = new Map();
+    const { secretKey, publicKey } = schnorr.keygen();
+    this.secretKey = secretKey;
+    this.pubkey = hex(publicKey);
+    this.socket = new WebSocket(url);
+    this.ready = new Promise(done => { this.socket.onopen = done; });
+    this.socket.onmessage = ({ data }) => {
+      const [verb, subscription, event] = JSON.parse(data);
+      if (verb === 'EVENT') this.handlers.get(subscription)?.(JSON.parse(event.content));
+    };
+  }
+  async subscribe({ topic, kind }, handler) {
+    await this.ready;
+    const id = hex(crypto.getRandomValues(new Uint8Array(32)));
+    this.handlers.set(id, handler);
+    const since = Math.floor(Date.now() / 1000);
+    this.socket.send(JSON.stringify(['REQ', id, { kinds: [kind], since, '#x': [topic] }]));
+  }
+  async publish({ topic, kind }, content) {
+    await this.ready;
+    const event = {
+      kind, content: JSON.stringify(content), pubkey: this.pubkey, created_at: Math.floor(Date.now() / 1000), tags: [['x', topic]],
+    };
+    const id = await digest('SHA-256',
+      JSON.stringify([0, event.pubkey, event.created_at, event.kind, event.tags, event.content]));
+    event.id = hex(id);
+    event.sig = hex(await schnorr.signAsync(id, this.secretKey));
+    if (this.socket.readyState === 1) this.socket.send(JSON.stringify(['EVENT', event]));
+  }
+}
+
+/** One room of the transport: links with everybody in it. */
+class Room {
+  constructor(name, id, iceServers, handlers) {
+    Object.assign(this, { name, id, iceServers, handlers, peers: new Map(), left: false });
+  }
+  async join(relay, password) {
+    this.relay = relay;
+    this.sealer = await Sealer.of(password, this.name);
+    this.root = await topicOf(`GenosRTC@1234@${this.name}`);
+    await relay.subscribe(this.root, content => this.heard(content));
+    await relay.subscribe(await this.topicOfPeer(this.id), content => this.heard(content));
+    const announce = () => this.left || relay.publish(this.root, { peerId: this.id });
+    await announce();
+    setInterval(announce, 2500);
+    addEventListener('pagehide', () => { this.left = true; relay.publish(this.root, { peerId: this.id, bye: 1 }); });
+  }
+  topicOfPeer(peer) { return topicOf(`GenosRTC@1234@${this.name}@${peer}`); }
+
+  async heard(content) {
+    const peer = content.peerId;
+    if (!peer || peer === this.id || this.left) return;
+    const known = this.peers.get(peer);
+    if (content.bye) this.drop(peer);
+    else if (content.offer) {
+      if (known?.offered && !known.channel && this.id > peer) return;
+      this.drop(peer);
+      const link = this.link(peer, false);
+      try {
+        const sdp = await this.sealer.open(content.offer.sdp);
+        await link.connection.setRemoteDescription({ type: 'offer', sdp });
+      } catch { return this.drop(peer); }
+      await link.connection.setLocalDescription();
+      const answer = { type: 'answer', sdp: await this.sealer.seal(await complete(link.connection)) };
+      this.relay.publish(await this.topicOfPeer(peer), { peerId: this.id, answer });
+    } else if (content.answer) {
+      if (!known?.offered || known.connection.signalingState !== 'have-local-offer') return;
+      const sdp = await this.sealer.open(content.answer.sdp).catch(() => null);
+      if (sdp) await known.connection.setRemoteDescription({ type: 'answer', sdp });
+    } else if (!known) {
+      const link = this.link(peer, true);
+      await link.connection.setLocalDescription();
+      const offer = { type: 'offer', sdp: await this.sealer.seal(await complete(link.connection)) };
+      if (this.peers.get(peer) === link) this.relay.publish(await this.topicOfPeer(peer), { peerId: this.id, offer });
+    }
+  }
+
+  link(peer, offered) {
+    const connection = new RTCPeerConnection({ iceServers: this.iceServers });
+    const link = { connection, offered, nonces: {}, unfinished: new Map(), queue: Promise.resolve() };
+    this.peers.set(peer, link);
+    const use = channel => {
+      channel.binaryType = 'arraybuffer';
+      channel.onopen = () => { link.channel = channel; this.handlers.joined?.(peer); };
+      channel.onmessage = ({ data }) => { link.queue = link.queue.then(() => this.frame(peer, link, new Uint8Array(data))); };
+      channel.onclose = () => { if (this.peers.get(peer) === link) this.drop(peer); };
+    };
+    if (offered) use(connection.createDataChannel('data'));
+    else connection.ondatachannel = ({ channel }) => use(channel);
+    connection.onconnectionstatechange = () => {
+      if (['failed', 'closed'].includes(connection.connectionState) && this.peers.get(peer) === link) this.drop(peer);
+    };
+    return link;
+  }
+  drop(peer) {
+    this.peers.get(peer)?.connection.close();
+    this.peers.delete(peer);
+  }
+
+  async frame(peer, link, bytes) {
+    const channel = text.decode(bytes.subarray(0, 12)).replaceAll('\0', '');
+    const [nonce, flags] = [bytes[12], bytes[13]];
+    const key = `${channel}/${nonce}`;
+    const chunks = link.unfinished.get(key) ?? [];
+    chunks.push(bytes.slice(15));
+    if (!(flags & 1)) { link.unfinished.set(key, chunks); return; }
+    link.unfinished.delete(key);
+    let payload = new Uint8Array(await new Blob(chunks).arrayBuffer());
+    if (flags & 16) payload = await transform(payload, new DecompressionStream('deflate'));
+    if (channel === '@_ping') return this.send('@_pong', '', peer);
+    if (channel === '@_leave') return this.drop(peer);
+    if (flags & 8) this.handlers.message?.(peer, channel, JSON.parse(text.decode(payload)));
+  }
+  /** Sends JSON, or a string on the transport's own channels. */
+  async send(channel, value, target) {
+    const string = channel.startsWith('@_');
+    let payload = utf8.encode(string ? value : JSON.stringify(value));
+    let flags = string ? 0 : 8;
+    if (payload.length > 500) {
+      payload = await transform(payload, new CompressionStream('deflate'));
+      flags |= 16;
+    }
+    const size = 16384 - 15;
+    const count = Math.max(1, Math.ceil(payload.length / size));
+    for (const [peer, link] of this.peers) {
+      if (link.channel?.readyState !== 'open' || (target && peer !== target)) continue;
+      const nonce = link.nonces[channel] = ((link.nonces[channel] ?? -1) + 1) & 255;
+      for (let index = 0; index < count; index++) {
+        const chunk = payload.subarray(index * size, (index + 1) * size);
+        const frame = new Uint8Array(15 + chunk.length);
+        frame.set(utf8.encode(channel).subarray(0, 12));
+        frame.set([nonce, flags | (index === count - 1 ? 1 : 0), Math.round(255 * (index + 1) / count)], 12);
+        frame.set(chunk, 15);
+        link.channel.send(frame);
+      }
+    }
+  }
+}
+
+/** The local description once gathering is complete: nothing is trickled. */
+async function complete(connection) {
+  if (connection.iceGatheringState !== 'complete') {
+    await new Promise(done => {
+      connection.addEventListener('icegatheringstatechange',
+        () => connection.iceGatheringState === 'complete' && done());
+      setTimeout(done, 5000);
+    });
+  }
+  return connection.localDescription.sdp;
+}
+
+export async function gdb(name, { rtc, password = '' }) {
+  // A reloaded tab keeps its id and its graph; a fresh profile has neither.
+  const alphabet = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz';
+  const id = sessionStorage.peerId ??= [...crypto.getRandomValues(new Uint8Array(20))].map(byte => alphabet[byte % 62]).join('');
+  const stored = JSON.parse(localStorage[name] ?? '{"nodes":{},"removals":{},"log":[]}');
+  const nodes = new Map(Object.entries(stored.nodes));
+  const removals = new Map(Object.entries(stored.removals));
+  const log = stored.log;
+  const save = () => {
+    localStorage[name] = JSON.stringify(
+      { nodes: Object.fromEntries(nodes), removals: Object.fromEntries(removals), log });
+  };
+  const latest = () => {
+    let highest = null;
+    for (const node of nodes.values()) if (newer(node.timestamp, highest)) highest = node.timestamp;
+    for (const at of removals.values()) if (newer(at, highest)) highest = at;
+    return highest;
+  };
+  const clock = { physical: 0, logical: 0, ...latest() };
+  const now = () => {
+    clock.physical = Math.max(clock.physical, Date.now());
+    clock.logical += 1;
+    return { ...clock };
+  };
+  const record = operation => { log.push(operation); if (log.length > 200) log.shift(); };
+  const apply = operation => {
+    const { timestamp } = operation;
+    clock.physical = Math.max(clock.physical, timestamp.physical);
+    clock.logical = Math.max(clock.logical, timestamp.logical) + 1;
+    const node = nodes.get(operation.id ?? operation.sourceId);
+    if (operation.type === 'upsert') {
+      if (!('value' in operation) || !newer(timestamp, node?.timestamp)) return;
+      if (!newer(timestamp, removals.get(operation.id))) return;
+      nodes.set(operation.id, { id: operation.id, value: operation.value, edges: node?.edges ?? [], timestamp });
+      removals.delete(operation.id);
+    } else if (operation.type === 'remove') {
+      if (!newer(timestamp, node?.timestamp) || !newer(timestamp, removals.get(operation.id))) return;
+      nodes.delete(operation.id);
+      for (const other of nodes.values()) other.edges = other.edges.filter(target => target !== operation.id);
+      removals.set(operation.id, timestamp);
+    } else if (operation.type === 'link') {
+      if (!node || !newer(timestamp, node.timestamp)) return;
+      if (!node.edges.includes(operation.targetId)) node.edges.push(operation.targetId);
+      node.timestamp = timestamp;
+    }
+    record(operation);
+  };
+  const fullState = () => ({
+    type: 'fullStateSync',
+    graphData: Object.fromEntries(nodes),
+    removals: [...removals].map(([removed, timestamp]) => ({ id: removed, timestamp })),
+    timestamp: latest(),
+  });
+  const graph = new Room(`graph-sync-room-${name}`, id, rtc.turnConfig, {
+    joined: () => graph.send('syncGraph', [{ type: 'sync', timestamp: latest() }]),
+    message: (_, channel, operations) => {
+      if (channel !== 'syncGraph') return;
+      for (const operation of operations) {
+        if (operation.type === 'sync') {
+          const recent = operation.timestamp && log.length > 0 && !newer(log[0].timestamp, operation.timestamp);
+          graph.send('syncGraph', [recent ? { type: 'deltaSync', operations: log, timestamp: latest() } : fullState()]);
+        } else if (operation.type === 'deltaSync') operation.operations.forEach(apply);
+        else if (operation.type === 'fullStateSync') {
+          for (const { id: removed, timestamp } of operation.removals) apply({ type: 'remove', id: removed, timestamp });
+          const theirs = operation.graphData;
+          for (const node of Object.values(theirs)) {
+            if (newer(node.timestamp, nodes.get(node.id)?.timestamp) && newer(node.timestamp, removals.get(node.id))) {
+              nodes.set(node.id, node);
+              removals.delete(node.id);
+            }
+          }
+          const lacks = [...nodes.values()].some(node => newer(node.timestamp, theirs[node.id]?.timestamp));
+          if (lacks) graph.send('syncGraph', [fullState()]);
+        } else apply(operation);
+      }
+      save();
+    },
+  });
+  const app = new Room(`app-sync-${name}`, id, rtc.turnConfig, {});
+  const relay = new Relay(rtc.relayUrls[0]);
+  await Promise.all([graph.join(relay, password), app.join(relay, password)]);
+  const write = async operation => {
+    apply(operation);
+    save();
+    await graph.send('syncGraph', [operation]);
+  };
+  return {
+    room: app,
+    graph,
+    put: async (value, nodeId) => { await write({ type: 'upsert', id: nodeId, value, timestamp: now() }); return nodeId; },
+    get: async nodeId => ({ result: nodes.get(nodeId) ?? null }),
+    link: async (sourceId, targetId) => write({ type: 'link', sourceId, targetId, timestamp: now() }),
+    remove: async nodeId => write({ type: 'remove', id: nodeId, value: nodes.get(nodeId)?.value, timestamp: now() }),
+    map: async () => ({ results: [...nodes.values()] }),
+  };
+}
