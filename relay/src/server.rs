@@ -106,7 +106,8 @@ impl Server {
             stop: stop.clone(),
             connections: connections.clone(),
         });
-        let router = Router::new().route("/", get(root)).with_state(relay).merge(config.routes);
+        let router =
+            Router::new().route("/", get(root)).route("/healthz", get(healthz)).with_state(relay).merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
         let task = tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await });
         telemetry.health.set("relay", service::State::Ok);
@@ -227,6 +228,11 @@ async fn root(
         return (headers, information::document(&relay.limits).to_string()).into_response();
     }
     Html(include_str!("page.html")).into_response()
+}
+
+/// `/healthz` on the relay's own port, for who cannot reach the metrics listener, such as a balancer.
+async fn healthz() -> &'static str {
+    "ok\n"
 }
 
 fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>) -> Response {

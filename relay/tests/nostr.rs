@@ -258,6 +258,7 @@ async fn the_information_document_says_what_is_enforced() {
     assert_eq!(document["supported_nips"], json!([1, 11]));
     let (head, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\n").await;
     assert!(head.contains("text/html") && body.contains("Homeport"), "{head}");
+    assert_eq!(http(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n").await.1, "ok\n");
     server.shutdown().await;
 }
 

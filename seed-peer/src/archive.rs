@@ -41,6 +41,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// Rooms whose whole state is kept ready to be sent.
 const CACHED_STATES: usize = 8;
 
+/// What an edge is taken to weigh where counting them would cost more than adding one.
+const AVERAGE_EDGE_BYTES: usize = 32;
+
 /// What is too much for the archive; beyond it an operation is refused and counted.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
@@ -48,7 +51,7 @@ pub struct Bounds {
     pub id_bytes: usize,
     /// Bytes of a node's value as JSON, unknown members included. Default 4 MiB.
     pub value_bytes: usize,
-    /// Edges of one node that is taken from a full state. Default 65,536.
+    /// Edges of one node. Default 65,536.
     pub edges: usize,
     /// Nodes of one room. Default 2,000,000.
     pub nodes: u64,
@@ -444,7 +447,7 @@ impl Writer {
     }
 
     fn apply(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<()> {
-        let result = match self.too_much(operation, state) {
+        let result = match self.too_much(operation, state)? {
             Some(reason) => reason,
             None => {
                 let mut graph = RoomGraph { connection: &self.file.connection, state };
@@ -464,7 +467,8 @@ impl Writer {
         Ok(())
     }
 
-    fn too_much(&self, operation: &Operation, state: &RoomState) -> Option<&'static str> {
+    /// Why an operation is beyond the bounds, if it is.
+    fn too_much(&self, operation: &Operation, state: &mut RoomState) -> rusqlite::Result<Option<&'static str>> {
         let bounds = &self.bounds;
         let long = |id: &genosdb::JsonString| id.as_printed().len() > bounds.id_bytes;
         let too_large = match operation {
@@ -473,17 +477,21 @@ impl Writer {
                 long(id) || value + extra_bytes(extra) > bounds.value_bytes
             }
             Operation::Link(Link { source, target, extra, .. }) => {
-                long(source) || long(target) || extra_bytes(extra) > bounds.value_bytes
+                long(source)
+                    || long(target)
+                    || extra_bytes(extra) > bounds.value_bytes
+                    || RoomGraph { connection: &self.file.connection, state }.edges_bytes(source)?
+                        > bounds.edges.saturating_mul(AVERAGE_EDGE_BYTES)
             }
             _ => false,
         };
-        if too_large {
+        Ok(if too_large {
             Some("too_large")
         } else if state.nodes >= bounds.nodes && matches!(operation, Operation::Upsert(_)) {
             Some("room_full")
         } else {
             None
-        }
+        })
     }
 
     fn merge_state(&mut self, state: &mut RoomState, full: &FullStateSync, wall_ms: u64) -> rusqlite::Result<bool> {

@@ -46,6 +46,16 @@ impl RoomGraph<'_> {
             .optional()
     }
 
+    /// Bytes of a node's edges, as they are stored.
+    pub(crate) fn edges_bytes(&self, id: &JsonString) -> rusqlite::Result<usize> {
+        let bytes: Option<i64> = self
+            .connection
+            .prepare_cached("SELECT octet_length(edges) FROM node WHERE room = ? AND id = ?")?
+            .query_row(params![self.state.id, id.as_printed()], |row| row.get(0))
+            .optional()?;
+        Ok(usize::try_from(bytes.unwrap_or(0)).unwrap_or(usize::MAX))
+    }
+
     fn edges_of(&self, id: &str) -> rusqlite::Result<Vec<JsonString>> {
         let text: Option<String> = self
             .connection

@@ -2,6 +2,7 @@
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rusqlite::{Connection, OpenFlags};
 
@@ -174,6 +175,8 @@ fn check(path: &Path) -> Result<(), OpenError> {
 }
 
 fn configure(connection: &Connection) -> rusqlite::Result<()> {
+    // Somebody may look at the file with the sqlite3 tool; longer than this, it is treated as a disk that refuses.
+    connection.busy_timeout(Duration::from_secs(1))?;
     connection.pragma_update(None, "journal_mode", "WAL")?;
     // An acknowledged operation survives a power cut.
     connection.pragma_update(None, "synchronous", "FULL")?;

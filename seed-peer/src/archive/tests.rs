@@ -1,1 +1,235 @@
 //! The archive against the merge rules in memory.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Duration;
+
+use genosdb::frame::Frame;
+use genosdb::{Batch, Content, Hlc, Limits, MemoryGraph, Message, Operation, PeerId, Reassembler};
+use proptest::prelude::*;
+use service::{Health, State};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::{Archive, Bounds, Known, Opened, Reply, RoomKey};
+use crate::metrics::Metrics;
+
+const NOW_MS: u64 = 1_795_337_800_000;
+const LINK: u64 = 7;
+
+struct Fixture {
+    archive: Option<Archive>,
+    replies: UnboundedReceiver<Reply>,
+    room: RoomKey,
+    health: Health,
+}
+
+impl Fixture {
+    fn open(folder: &Path, bounds: Bounds) -> Self {
+        let opened = Opened::open(folder).unwrap();
+        let room = opened.room("my-app", || PeerId::parse(&"a".repeat(20)).unwrap()).unwrap();
+        let (sender, replies) = unbounded_channel();
+        let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
+        let health = Health::default();
+        let names = HashMap::from([(room.key, "my-app".to_owned())]);
+        let archive = opened.start(names, bounds, sender, metrics, health.clone()).unwrap();
+        Self { archive: Some(archive), replies, room: room.key, health }
+    }
+
+    fn merge(&self, operations: &[Operation]) {
+        let archive = self.archive.as_ref().unwrap();
+        assert!(archive.merge(self.room, LINK, operations.to_vec(), NOW_MS, 100));
+    }
+
+    /// What the archive answers to a peer that knows `known`.
+    fn answer(&mut self, known: Known) -> (Operation, u64) {
+        assert!(self.archive.as_ref().unwrap().answer(self.room, LINK, known));
+        loop {
+            if let Reply::Send { message, sent, .. } = self.replies.blocking_recv().unwrap() {
+                return (only_operation(&message), sent);
+            }
+        }
+    }
+
+    fn graph(&mut self) -> MemoryGraph {
+        let (Operation::FullStateSync(state), _) = self.answer(Known { timestamp: None, sent: None }) else {
+            panic!("not a full state")
+        };
+        let mut graph = MemoryGraph::default();
+        graph.merge(&state, NOW_MS);
+        graph
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        if let Some(archive) = self.archive.take() {
+            archive.close();
+        }
+    }
+}
+
+fn only_operation(message: &Message) -> Operation {
+    let mut reassembler = Reassembler::new(Limits::default());
+    let mut whole = None;
+    for index in 0..message.frames() {
+        whole = reassembler.push(&Frame::parse(&message.frame(0, index)).unwrap()).unwrap();
+    }
+    let Some((_, Content::Json(text))) = whole else { panic!("not JSON") };
+    let batch = Batch::parse(&text).unwrap();
+    assert_eq!((batch.operations.len(), batch.malformed), (1, 0), "{text}");
+    batch.operations.into_iter().next().unwrap()
+}
+
+fn operation(kind: u8, one: u8, other: u8, at: Hlc) -> Operation {
+    let timestamp = format!(r#"{{"physical":{},"logical":{}}}"#, at.physical, at.logical);
+    let text = match kind {
+        0 => format!(r#"{{"type":"upsert","id":"n\"{one}","value":{{"i":{other}}},"timestamp":{timestamp},"by":"x"}}"#),
+        1 => format!(r#"{{"type":"remove","id":"n\"{one}","timestamp":{timestamp}}}"#),
+        _ => format!(r#"{{"type":"link","sourceId":"n\"{one}","targetId":"n\"{other}","timestamp":{timestamp}}}"#),
+    };
+    Operation::parse(&text, &mut 0).unwrap()
+}
+
+fn put(id: u8, logical: u64) -> Operation {
+    operation(0, id, 0, Hlc::new(NOW_MS, logical))
+}
+
+fn schedules() -> impl Strategy<Value = Vec<Operation>> {
+    prop::collection::vec((0..3u8, 0..6u8, 0..6u8, 0..60u64), 1..60).prop_map(|drawn| {
+        let at = |time, index: usize| Hlc::new(NOW_MS - 100 + time, u64::try_from(index).unwrap());
+        let make = |(index, (kind, one, other, time))| operation(kind, one, other, at(time, index));
+        drawn.into_iter().enumerate().map(make).collect()
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_archive_holds_what_the_rules_say_also_after_a_restart(
+        operations in schedules(),
+        others in schedules(),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut expected = MemoryGraph::default();
+        let mut other = MemoryGraph::default();
+        for operation in &operations {
+            expected.apply(operation, NOW_MS);
+        }
+        for operation in &others {
+            other.apply(operation, NOW_MS);
+        }
+        let mut archive = Fixture::open(folder.path(), Bounds::default());
+        for operation in &operations {
+            archive.merge(std::slice::from_ref(operation));
+        }
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+
+        expected.merge(&other.full_state(), NOW_MS);
+        archive.merge(&[Operation::FullStateSync(other.full_state())]);
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+        drop(archive);
+
+        let mut archive = Fixture::open(folder.path(), Bounds::default());
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+        for operation in &operations {
+            expected.apply(operation, NOW_MS);
+            archive.merge(std::slice::from_ref(operation));
+        }
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+    }
+}
+
+#[test]
+fn a_peer_that_was_sent_everything_is_then_sent_only_what_is_new() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    archive.merge(&[put(1, 1), put(2, 2)]);
+    let (first, sent) = archive.answer(Known { timestamp: None, sent: None });
+    assert!(matches!(first, Operation::FullStateSync(state) if state.nodes.len() == 2));
+    archive.merge(&[put(3, 3)]);
+    let known = Known { timestamp: Some(Hlc::new(NOW_MS, 2)), sent: Some(sent) };
+    let (second, sent) = archive.answer(known);
+    let Operation::DeltaSync(delta) = second else { panic!("not a delta") };
+    assert_eq!(delta.operations, [put(3, 3)]);
+    assert_eq!(delta.timestamp, Some(Hlc::new(NOW_MS, 3)));
+    let (third, _) = archive.answer(Known { sent: Some(sent), ..known });
+    assert!(matches!(third, Operation::DeltaSync(delta) if delta.operations.is_empty()));
+}
+
+#[test]
+fn a_peer_of_a_large_room_that_was_away_shortly_gets_a_delta_and_one_that_was_away_long_the_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    let old_ms = NOW_MS - 10 * 3_600_000;
+    let many: Vec<Operation> = (0..600)
+        .map(|index| {
+            let text = format!(
+                r#"{{"type":"upsert","id":"x{index}","value":1,"timestamp":{{"physical":{old_ms},"logical":{index}}}}}"#
+            );
+            Operation::parse(&text, &mut 0).unwrap()
+        })
+        .collect();
+    assert!(archive.archive.as_ref().unwrap().merge(archive.room, LINK, many, old_ms, 100));
+    archive.merge(&[put(1, 1_000)]);
+    let recent = Known { timestamp: Some(Hlc::new(NOW_MS - 3_600_000, 0)), sent: None };
+    let (answer, _) = archive.answer(recent);
+    let Operation::DeltaSync(delta) = answer else { panic!("not a delta") };
+    assert_eq!(delta.operations, [put(1, 1_000)]);
+    let older = Known { timestamp: Some(Hlc::new(old_ms - 3_600_000, 0)), sent: None };
+    assert!(matches!(archive.answer(older).0, Operation::FullStateSync(state) if state.nodes.len() == 601));
+}
+
+#[test]
+fn what_is_too_much_is_left_out_and_the_rest_is_taken() {
+    let folder = tempfile::tempdir().unwrap();
+    let bounds = Bounds { id_bytes: 10, value_bytes: 50, edges: 2, nodes: 3 };
+    let mut archive = Fixture::open(folder.path(), bounds);
+    let text = |id: &str, value: &str| {
+        let text = format!(
+            r#"{{"type":"upsert","id":"{id}","value":"{value}","timestamp":{{"physical":{NOW_MS},"logical":1}}}}"#
+        );
+        Operation::parse(&text, &mut 0).unwrap()
+    };
+    archive.merge(&[text("a", "ok"), text(&"long".repeat(5), "x"), text("b", &"x".repeat(60)), text("c", "ok")]);
+    let state = r#"{"type":"fullStateSync","graphData":{
+        "d":{"id":"d","value":1,"edges":["a","b","c"],"timestamp":{"physical":5,"logical":1}},
+        "e":{"id":"e","value":1,"edges":["a","c"],"timestamp":{"physical":5,"logical":1}},
+        "f":{"id":"f","value":1,"edges":[],"timestamp":{"physical":5,"logical":1}}},"removals":[],"timestamp":null}"#;
+    archive.merge(&[Operation::parse(state, &mut 0).unwrap()]);
+    archive.merge(&[text("g", "one too many")]);
+    let held: Vec<String> = archive.graph().iter().map(|node| node.id.to_text()).collect();
+    assert_eq!(held, ["a", "c", "e"]);
+}
+
+#[test]
+fn a_disk_that_refuses_is_waited_for_and_nothing_is_lost() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    archive.merge(&[put(1, 1)]);
+    let before = archive.graph().full_state();
+
+    // Another writer holds the file: to the archive, a disk that does not take anything.
+    let blocker = rusqlite::Connection::open(folder.path().join(super::schema::FILE_NAME)).unwrap();
+    blocker.execute_batch("BEGIN IMMEDIATE").unwrap();
+    archive.merge(&[put(2, 2)]);
+    wait_until(|| matches!(archive.health.parts()["archive"], State::Degraded(_)));
+    // It still answers, from what it has.
+    assert_eq!(archive.graph().full_state(), before);
+    archive.merge(&[put(3, 3)]);
+
+    blocker.execute_batch("ROLLBACK").unwrap();
+    wait_until(|| archive.health.parts()["archive"] == State::Ok);
+    assert_eq!(archive.graph().iter().count(), 3);
+}
+
+/// Waits for what another thread does; fails rather than waiting for ever.
+fn wait_until(condition: impl Fn() -> bool) {
+    for _ in 0..1_000 {
+        if condition() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("nothing came of it");
+}
