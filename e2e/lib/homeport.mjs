@@ -13,7 +13,7 @@ export const binary = process.env.HOMEPORT_BINARY ?? join(root, 'target/debug/ho
 
 export const TURN_USER = { username: 'alice', credential: 'e2e-password' };
 
-async function freeTcpPort() {
+export async function freeTcpPort() {
   const server = createServer().listen(0, '127.0.0.1');
   await once(server, 'listening');
   const { port } = server.address();
@@ -36,9 +36,10 @@ export class Homeport {
   #process;
   #log = '';
 
-  static async start({ rooms = [], settings = {} } = {}) {
+  static async start({ rooms = [], settings = {}, data } = {}) {
     const homeport = new Homeport();
     homeport.folder = await mkdtemp(join(tmpdir(), 'homeport-e2e-'));
+    homeport.data = data ?? join(homeport.folder, 'data');
     homeport.rooms = rooms;
     homeport.ports = {
       relay: await freeTcpPort(),
@@ -78,7 +79,7 @@ export class Homeport {
       HOMEPORT_LOG: process.env.HOMEPORT_LOG ?? 'info,seed_peer=debug',
       ...this.settings,
     };
-    const child = spawn(binary, ['up', '--data', join(this.folder, 'data')], {
+    const child = spawn(binary, ['up', '--data', this.data], {
       cwd: this.folder, env: environment, stdio: ['ignore', 'pipe', 'pipe'],
     });
     this.#process = child;

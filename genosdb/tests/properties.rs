@@ -1,4 +1,5 @@
 //! What must hold for any input.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use genosdb::frame::Frame;
 use genosdb::{Batch, Content, Hlc, Json, Limits, MemoryGraph, Message, Operation, Reassembler};

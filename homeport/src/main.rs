@@ -1,6 +1,7 @@
 //! Homeport: the always-on half of browser peer-to-peer apps.
 
 mod client_config;
+mod healthcheck;
 mod logging;
 mod run;
 mod settings;
@@ -31,6 +32,8 @@ enum Command {
     Turn(RunArgs),
     /// Run the seed peer alone, through the relays of seed.relays
     Seed(RunArgs),
+    /// Ask a running homeport on this machine how it is; exit code 0 when it answers, for containers
+    Healthcheck(HealthcheckArgs),
 }
 
 #[derive(Debug, Args)]
@@ -49,9 +52,17 @@ struct RunArgs {
     verbose: u8,
 }
 
+#[derive(Debug, Args)]
+struct HealthcheckArgs {
+    /// The settings file; without it, homeport.toml in this folder if it is there
+    #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG")]
+    config: Option<PathBuf>,
+}
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let (services, args) = match cli.command {
+        Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
         Command::Up(args) => (run::Services::ALL, args),
         Command::Relay(args) => (run::Services { relay: true, ..run::Services::NONE }, args),
         Command::Turn(args) => (run::Services { turn: true, ..run::Services::NONE }, args),

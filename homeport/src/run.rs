@@ -117,21 +117,16 @@ fn client_config(
     settings: &Settings,
     own_turn: Option<(SocketAddr, std::net::IpAddr)>,
 ) -> anyhow::Result<ClientConfig> {
-    let address = match own_turn {
-        Some((listen, external)) => Some(SocketAddr::new(external, listen.port())),
-        // TURN runs elsewhere: it can only be named when its address is set.
-        None => match settings.turn_external_ip()? {
-            turn_server::ExternalIp::Auto => None,
-            set => {
-                let (public, _) = set.resolve(settings.turn.listen.ip());
-                Some(SocketAddr::new(public, settings.turn.listen.port()))
-            }
-        },
+    // Without a TURN server in this process, the settings tell of one: `auto` then means that it is on this machine.
+    let (listen, external) = match own_turn {
+        Some((listen, external)) => (listen, external),
+        None => (settings.turn.listen, settings.turn_external_ip()?.resolve(settings.turn.listen.ip()).0),
     };
+    let address = SocketAddr::new(external, listen.port());
     Ok(ClientConfig {
         relay_url: settings.relay.public_url.clone(),
         relay_listen: settings.relay.listen,
-        turn: address.zip(settings.turn.secret.clone()),
+        turn: settings.turn.secret.clone().map(|secret| (address, secret)),
     })
 }
 

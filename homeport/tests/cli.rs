@@ -32,6 +32,7 @@ fn complaint(mut command: Command) -> String {
 }
 
 /// Starts what is expected to run, and waits for its summary.
+#[allow(clippy::zombie_processes, reason = "whoever gets the child waits for it; on the other path it has ended")]
 fn started(mut command: Command) -> (Child, String) {
     let mut child = command.spawn().unwrap();
     let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();

@@ -571,6 +571,10 @@ impl Writer {
             tracing::error!(%error, "the archive cannot write; it keeps what it has and tries again every second");
         }
         self.metrics.archive_failures.inc();
+        // What was committed before may still stand in the write-ahead log; in the file itself it takes less room.
+        if let Err(error) = self.file.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
+            tracing::debug!(%error, "the write-ahead log cannot be emptied");
+        }
         for request in batch {
             match request {
                 Request::Merge { .. } => self.held.push(request),

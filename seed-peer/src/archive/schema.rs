@@ -211,27 +211,30 @@ mod tests {
 
     #[test]
     fn files_that_are_not_ours_are_refused_and_left_untouched() {
-        let foreign = |path: &Path| {
+        fn foreign(path: &Path) {
             let connection = Connection::open(path).unwrap();
             connection.execute_batch("CREATE TABLE notes (text)").unwrap();
-        };
-        let newer = |path: &Path| {
+        }
+        fn newer(path: &Path) {
             let connection = Connection::open(path).unwrap();
             connection.pragma_update(None, "application_id", APPLICATION_ID).unwrap();
             connection.pragma_update(None, "user_version", VERSION + 1).unwrap();
-        };
-        let text = |path: &Path| std::fs::write(path, "Dear diary, today I was not a database.\n".repeat(50)).unwrap();
-        let damaged = |path: &Path| {
+        }
+        fn text(path: &Path) {
+            std::fs::write(path, "Dear diary, today I was not a database.\n".repeat(50)).unwrap();
+        }
+        fn damaged(path: &Path) {
             drop(open(path.parent().unwrap()).unwrap());
             let mut bytes = std::fs::read(path).unwrap();
             bytes[4096..].fill(0x5a);
             std::fs::write(path, bytes).unwrap();
-        };
-        let makers: [(&dyn Fn(&Path), &str); 4] = [
-            (&foreign, "not an archive of Homeport"),
-            (&newer, "use a newer homeport"),
-            (&text, "not an archive of Homeport"),
-            (&damaged, "damaged"),
+        }
+        type Make = fn(&Path);
+        let makers: [(Make, &str); 4] = [
+            (foreign, "not an archive of Homeport"),
+            (newer, "use a newer homeport"),
+            (text, "not an archive of Homeport"),
+            (damaged, "damaged"),
         ];
         for (make, expected) in makers {
             let folder = tempfile::tempdir().unwrap();

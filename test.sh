@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Runs every test, and installs what they need: checks of form, unit and service tests, then real browsers.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+step() { printf '\n== %s\n' "$*"; }
+
+# Debian's packages: Chromium for the pages, Prometheus for the dashboards.
+missing=()
+[ -x /usr/bin/chromium ] || missing+=(chromium)
+command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
+if [ ${#missing[@]} -gt 0 ]; then
+  step "installing ${missing[*]}"
+  if [ "$(id -u)" != 0 ]; then
+    echo "these Debian packages are missing: ${missing[*]}. Install them: apt-get install ${missing[*]}" >&2
+    exit 1
+  fi
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+step "form"
+cargo fmt --all --check
+cargo clippy --workspace --all-targets --locked -- --deny warnings
+
+step "unit and service tests"
+cargo test --workspace --locked
+
+step "deployment files"
+promtool check config deploy/prometheus.yml
+
+step "browsers"
+cargo build --locked --package homeport
+cd e2e
+npm ci --no-audit --no-fund
+# Of what is loaded into real browsers, one file at a time: they share two cores.
+node --test --test-concurrency=1 --test-reporter=spec
