@@ -16,9 +16,6 @@ use turn_server::{Credentials, ExternalIp};
 /// The file that is read when it is there and no other is named.
 const DEFAULT_FILE: &str = "homeport.toml";
 
-/// Variables that look like settings and are not.
-const NOT_SETTINGS: &[&str] = &["HOMEPORT_CONFIG", "HOMEPORT_DATA", "HOMEPORT_LOG"];
-
 /// Everything that can be set.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -211,8 +208,17 @@ pub(crate) fn load(file: Option<&Path>, data: Option<&Path>, rooms: &[String]) -
     // Names that are not UTF-8 are nobody's settings.
     let environment =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    read(file, environment, data, rooms)
+}
+
+fn read(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (String, String)>,
+    data: Option<&Path>,
+    rooms: &[String],
+) -> Result<Settings, SettingsError> {
     let flags = Serialized::defaults(Dict::new());
-    let mut settings: Settings = service::settings::load(file, environment, NOT_SETTINGS, flags)?;
+    let mut settings: Settings = service::settings::load(file, environment, flags)?;
     if let Some(data) = data {
         data.clone_into(&mut settings.seed.data);
     }
@@ -343,17 +349,16 @@ fn port_range(text: &str) -> Result<RangeInclusive<u16>, SettingsError> {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<Settings, String> {
+    fn of(text: &str) -> Result<Settings, String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("homeport.toml");
         std::fs::write(&path, text).unwrap();
-        load(Some(&path), None, &["extra".into()]).map_err(|error| error.to_string())
+        read(Some(&path), [], None, &["extra".into()]).map_err(|error| error.to_string())
     }
 
     #[test]
     fn a_full_file_is_understood() {
-        let settings = read(
-            r#"
+        let settings = of(r#"
             [relay]
             listen = "127.0.0.1:9001"
             public_url = "wss://relay.example.com"
@@ -373,8 +378,7 @@ mod tests {
             password = "pw"
             [metrics]
             listen = "127.0.0.1:9004"
-            "#,
-        )
+            "#)
         .unwrap();
         let turn = settings.turn().unwrap();
         assert_eq!(turn.relay_ports, 50_000..=50_100);
@@ -405,7 +409,7 @@ mod tests {
             ("[seed]\nrelays = [\"https://x\"]", "seed.relays"),
             ("[seeds]\ndata = \"x\"", "seed"),
         ] {
-            let error = match read(text) {
+            let error = match of(text) {
                 Ok(settings) => settings.turn().map(|_| ()).map_err(|error| error.to_string()),
                 Err(error) => Err(error),
             };

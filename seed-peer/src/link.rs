@@ -30,10 +30,12 @@ const MAX_WAITING: usize = 1_024;
 /// Malformed frames and messages after which a peer is not worth a link.
 const MAX_MALFORMED: u32 = 64;
 
-/// What a link's peer may make us hold.
+/// What a link listens to, and what its peer may make us hold.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct LinkLimits {
-    pub(crate) reassembly: Limits,
+pub(crate) struct Listening {
+    /// The channel whose messages are wanted, besides the transport's own; frames of others are not kept.
+    pub(crate) channel: Option<ChannelName>,
+    pub(crate) limits: Limits,
 }
 
 /// What a link yields.
@@ -112,6 +114,7 @@ pub(crate) struct Link {
     channel: Option<ChannelId>,
     sending: VecDeque<Sending>,
     nonces: Nonces,
+    wanted: Option<ChannelName>,
     reassembler: Reassembler,
     malformed: u32,
     heard: Instant,
@@ -127,7 +130,7 @@ impl Link {
         now: Instant,
         certificate: DtlsCert,
         candidates: Vec<Candidate>,
-        limits: LinkLimits,
+        listening: Listening,
     ) -> Result<Self, DescriptionError> {
         let mut rtc = RtcConfig::new()
             .clear_codecs()
@@ -146,7 +149,8 @@ impl Link {
             channel: None,
             sending: VecDeque::new(),
             nonces: Nonces::default(),
-            reassembler: Reassembler::new(limits.reassembly),
+            wanted: listening.channel,
+            reassembler: Reassembler::new(listening.limits),
             malformed: 0,
             heard: now,
             asked: None,
@@ -162,9 +166,9 @@ impl Link {
         now: Instant,
         certificate: DtlsCert,
         candidates: Vec<Candidate>,
-        limits: LinkLimits,
+        listening: Listening,
     ) -> Result<(Self, String), DescriptionError> {
-        let mut link = Self::new(now, certificate, candidates, limits)?;
+        let mut link = Self::new(now, certificate, candidates, listening)?;
         let mut api = link.rtc.sdp_api();
         api.add_channel(CHANNEL_LABEL.into());
         let (offer, pending) = api.apply().ok_or_else(|| DescriptionError::Sdp("nothing to offer".into()))?;
@@ -177,12 +181,12 @@ impl Link {
         now: Instant,
         certificate: DtlsCert,
         candidates: Vec<Candidate>,
-        limits: LinkLimits,
+        listening: Listening,
         offer: &str,
     ) -> Result<(Self, String), DescriptionError> {
         let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
         let offer = SdpOffer::from_sdp_string(&readable(offer)).map_err(|error| sdp(&error))?;
-        let mut link = Self::new(now, certificate, candidates, limits)?;
+        let mut link = Self::new(now, certificate, candidates, listening)?;
         let answer = link.rtc.sdp_api().accept_offer(offer).map_err(|error| sdp(&error))?;
         Ok((link, answer.to_sdp_string()))
     }
@@ -377,6 +381,9 @@ impl Link {
                 return self.refuse(Refused::Frame);
             }
         };
+        if !frame.channel.is_internal() && Some(frame.channel) != self.wanted {
+            return;
+        }
         match self.reassembler.push(&frame) {
             Ok(None) => {}
             Ok(Some((ChannelName::PING, _))) => self.send(Message::empty(ChannelName::PONG)),
@@ -457,10 +464,10 @@ mod tests {
         let provider = str0m::crypto::from_feature_flags();
         let certificate = provider.dtls_provider.generate_certificate().unwrap();
         provider.install_process_default();
-        let limits = LinkLimits { reassembly: Limits::default() };
+        let listening = Listening { channel: None, limits: Limits::default() };
         for text in ["", "v=0\r\n", "hello", &"a=x\r\n".repeat(10_000)] {
             let candidates = vec![Candidate::host("127.0.0.1:1".parse().unwrap(), "udp").unwrap()];
-            assert!(Link::answer(Instant::now(), certificate.clone(), candidates, limits, text).is_err());
+            assert!(Link::answer(Instant::now(), certificate.clone(), candidates, listening, text).is_err());
         }
     }
 }

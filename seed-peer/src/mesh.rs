@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use genosdb::{
-    APP_ID, Batch, ChannelName, Content, Hlc, Message, Operation, PeerId, Room, SdpKey, SealedDescription, Signal,
-    Topic, operation::Sync,
+    APP_ID, Batch, ChannelName, Content, Hlc, Limits, Message, Operation, PeerId, Room, SdpKey, SealedDescription,
+    Signal, Topic, operation::Sync,
 };
 use rand::RngCore as _;
 use str0m::config::DtlsCert;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
 use crate::archive::{Archive, Known, Reply, RoomKey};
-use crate::link::{CloseReason, Link, LinkLimits, LinkOutput, Refused};
+use crate::link::{CloseReason, Link, LinkOutput, Listening, Refused};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
 use crate::room::{Action, RoomPeer, Why};
@@ -77,7 +77,7 @@ pub(crate) struct Mesh {
     pub(crate) links: Links,
     pub(crate) addresses: Addresses,
     pub(crate) certificate: DtlsCert,
-    pub(crate) limits: LinkLimits,
+    pub(crate) limits: Limits,
     pub(crate) max_links: usize,
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
@@ -94,7 +94,7 @@ pub(crate) struct Parts {
     pub(crate) links: Links,
     pub(crate) addresses: Addresses,
     pub(crate) certificate: DtlsCert,
-    pub(crate) limits: LinkLimits,
+    pub(crate) limits: Limits,
     pub(crate) max_links: usize,
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
@@ -222,7 +222,7 @@ impl Mesh {
             return;
         }
         let candidates = self.addresses.candidates();
-        match Link::offer(now, self.certificate.clone(), candidates, self.limits) {
+        match Link::offer(now, self.certificate.clone(), candidates, self.listening(room)) {
             Ok((link, sdp)) => {
                 let link = self.add_link(now, room, peer, link);
                 let MeshRoom { room: name, key, peer: us, .. } = &mut self.rooms[room];
@@ -240,7 +240,7 @@ impl Mesh {
         }
         let Some(offer) = self.open(room, offer) else { return };
         let candidates = self.addresses.candidates();
-        match Link::answer(now, self.certificate.clone(), candidates, self.limits, &offer) {
+        match Link::answer(now, self.certificate.clone(), candidates, self.listening(room), &offer) {
             Ok((link, sdp)) => {
                 let link = self.add_link(now, room, peer, link);
                 let MeshRoom { room: name, key, peer: us, .. } = &mut self.rooms[room];
@@ -275,6 +275,12 @@ impl Mesh {
                 None
             }
         }
+    }
+
+    /// What the links of a room listen to: the application's own messages are not for us.
+    fn listening(&self, room: usize) -> Listening {
+        let channel = self.rooms[room].archive.map(|_| ChannelName::SYNC_GRAPH);
+        Listening { channel, limits: self.limits }
     }
 
     fn refuse_description(&self, error: &crate::link::DescriptionError) {
@@ -390,10 +396,7 @@ impl Mesh {
     }
 
     fn handle_message(&mut self, room: usize, link: LinkId, channel: ChannelName, content: Content, bytes: usize) {
-        let Some(archive) = self.rooms[room].archive else { return };
-        if channel != ChannelName::SYNC_GRAPH {
-            return;
-        }
+        let Some(archive) = self.rooms[room].archive.filter(|_| channel == ChannelName::SYNC_GRAPH) else { return };
         let batch = match content {
             Content::Json(text) => Batch::parse(&text).ok(),
             Content::Text(_) | Content::Binary { .. } => None,

@@ -17,7 +17,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{Addresses, ExternalAddress};
 use crate::archive::{Archive, Bounds, OpenError, Opened};
-use crate::link::LinkLimits;
 use crate::links::{LinkSocket, Links};
 use crate::mesh::{Mesh, MeshRoom, Parts};
 use crate::metrics::Metrics;
@@ -159,12 +158,10 @@ impl Server {
             links: Links::new(socket, metrics.clone()),
             addresses: Addresses { listen: address, external: config.external },
             certificate,
-            limits: LinkLimits {
-                reassembly: Limits {
-                    message_bytes: config.message_bytes,
-                    unfinished_bytes: config.message_bytes,
-                    ..Limits::default()
-                },
+            limits: Limits {
+                message_bytes: config.message_bytes,
+                unfinished_bytes: config.message_bytes,
+                ..Limits::default()
             },
             max_links: config.max_links,
             signalling,

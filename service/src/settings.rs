@@ -27,19 +27,19 @@ impl SettingsError {
 
 /// Loads settings of type `T`: its defaults, then `file`, then `environment`, then `flags`; the later wins.
 ///
-/// `environment` are all variables of the process; those that start with [`ENVIRONMENT_PREFIX`] and are not in
-/// `not_settings` each set a key.
+/// `environment` are all variables of the process; those that start with [`ENVIRONMENT_PREFIX`] and name a section and
+/// a key, with `__` between them, are settings. Others that start alike are not ours to judge: container platforms make
+/// such names up.
 ///
 /// # Errors
 /// [`SettingsError`] for a file that cannot be read, an unknown key or a value of the wrong type.
 pub fn load<T: Serialize + DeserializeOwned + Default>(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (String, String)>,
-    not_settings: &[&str],
     flags: impl Provider,
 ) -> Result<T, SettingsError> {
     let defaults = Figment::from(Serialized::defaults(T::default()));
-    let environment = Environment::new(&defaults, environment, not_settings);
+    let environment = Environment::new(&defaults, environment);
     let mut figment = defaults;
     if let Some(path) = file {
         // Asked for first: figment's own error for a file that is not there does not say so plainly.
@@ -139,13 +139,10 @@ fn known_keys<T: Serialize>(defaults: &T) -> Vec<String> {
 struct Environment(Dict);
 
 impl Environment {
-    fn new(defaults: &Figment, variables: impl IntoIterator<Item = (String, String)>, not_settings: &[&str]) -> Self {
+    fn new(defaults: &Figment, variables: impl IntoIterator<Item = (String, String)>) -> Self {
         let mut root = Dict::new();
         for (name, text) in variables {
-            let Some(rest) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
-            if not_settings.contains(&name.as_str()) {
-                continue;
-            }
+            let Some(rest) = name.strip_prefix(ENVIRONMENT_PREFIX).filter(|rest| rest.contains("__")) else { continue };
             let key = rest.to_ascii_lowercase().replace("__", ".");
             let typed = match defaults.find_value(&key) {
                 Ok(Value::String(..) | Value::Empty(..)) | Err(_) => Value::from(text),
@@ -223,7 +220,7 @@ mod tests {
             std::fs::write(&path, text).unwrap();
         }
         let variables = variables.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned()));
-        load(file.map(|_| path.as_path()), variables, &["HOMEPORT_CONFIG"], Serialized::defaults(Dict::new()))
+        load(file.map(|_| path.as_path()), variables, Serialized::defaults(Dict::new()))
             .map_err(|error| error.to_string())
     }
 
@@ -244,7 +241,7 @@ mod tests {
                 ("HOMEPORT_RELAY__LIMIT", "7"),
                 ("HOMEPORT_TURN__USERS", r#"{alice="pass"}"#),
                 ("HOMEPORT_TURN__ROOMS", r#"["a","b"]"#),
-                ("HOMEPORT_CONFIG", "ignored"),
+                ("HOMEPORT_PORT_8080_TCP", "not a setting"),
             ],
         )
         .unwrap();
@@ -274,7 +271,7 @@ mod tests {
 
     #[test]
     fn a_file_that_is_missing_or_no_toml_is_an_error() {
-        let none = load::<Settings>(Some(Path::new("/nowhere.toml")), [], &[], Serialized::defaults(Dict::new()));
+        let none = load::<Settings>(Some(Path::new("/nowhere.toml")), [], Serialized::defaults(Dict::new()));
         assert!(none.unwrap_err().to_string().contains("/nowhere.toml"));
         let message = with(Some("[relay\n"), &[]).unwrap_err();
         assert!(message.contains("homeport.toml"), "{message}");
