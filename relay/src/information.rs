@@ -17,6 +17,7 @@ pub(crate) fn document(limits: &Limits) -> Value {
             "max_message_length": limits.message_bytes,
             "max_subscriptions": limits.subscriptions,
             "max_filters": limits.filters,
+            "max_filter_values": limits.filter_values,
             "max_subid_length": MAX_SUBSCRIPTION_ID,
             "max_event_tags": limits.event_tags,
             "auth_required": false,

@@ -459,15 +459,71 @@ mod tests {
         assert!(kept.contains("192.0.2.2 37606") && !kept.contains(".local") && !kept.contains("tcp"));
     }
 
-    #[test]
-    fn text_that_is_no_description_is_refused() {
+    const NOTHING: Listening = Listening {
+        channel: None,
+        limits: Limits { message_bytes: 1, unfinished_bytes: 1, unfinished_messages: 1, meta_bytes: 1 },
+    };
+
+    fn certificate() -> DtlsCert {
         let provider = str0m::crypto::from_feature_flags();
         let certificate = provider.dtls_provider.generate_certificate().unwrap();
         provider.install_process_default();
-        let listening = Listening { channel: None, limits: Limits::default() };
+        certificate
+    }
+
+    fn candidates() -> Vec<Candidate> {
+        vec![Candidate::host("127.0.0.1:1".parse().unwrap(), "udp").unwrap()]
+    }
+
+    #[test]
+    fn text_that_is_no_description_is_refused() {
+        let certificate = certificate();
         for text in ["", "v=0\r\n", "hello", &"a=x\r\n".repeat(10_000)] {
-            let candidates = vec![Candidate::host("127.0.0.1:1".parse().unwrap(), "udp").unwrap()];
-            assert!(Link::answer(Instant::now(), certificate.clone(), candidates, listening, text).is_err());
+            assert!(Link::answer(Instant::now(), certificate.clone(), candidates(), NOTHING, text).is_err());
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_description_makes_a_link_panic(
+            changes in proptest::collection::vec((proptest::prelude::any::<proptest::sample::Index>(), 0..4u8, " -~"), 1..6),
+            answers in proptest::prelude::any::<bool>(),
+        ) {
+            let now = Instant::now();
+            let (mut dialled, offer) = Link::offer(now, certificate(), candidates(), NOTHING).unwrap();
+            let (_, answer) = Link::answer(now, certificate(), candidates(), NOTHING, &offer).unwrap();
+            let mut lines: Vec<String> =
+                if answers { &answer } else { &offer }.split_inclusive('\n').map(str::to_owned).collect();
+            for (index, kind, text) in changes {
+                let index = index.index(lines.len());
+                match kind {
+                    0 => lines[index] = text,
+                    1 => lines.push(lines[index].clone()),
+                    2 if lines.len() > 1 => drop(lines.remove(index)),
+                    _ => lines[index].insert_str(0, &text),
+                }
+            }
+            let changed = lines.concat();
+            // Either is fine; a panic is not.
+            if answers {
+                let _ = dialled.accept_answer(&changed);
+                dialled.handle_timeout(now);
+            } else {
+                let _ = Link::answer(now, certificate(), candidates(), NOTHING, &changed);
+            }
+        }
+
+        #[test]
+        fn no_packet_makes_a_link_panic(packets in proptest::collection::vec(proptest::collection::vec(proptest::prelude::any::<u8>(), 0..100), 1..20)) {
+            let now = Instant::now();
+            let (mut link, _) = Link::offer(now, certificate(), candidates(), NOTHING).unwrap();
+            let address = "127.0.0.1:2".parse().unwrap();
+            for bytes in &packets {
+                if let Some(input) = packet(now, address, "127.0.0.1:1".parse().unwrap(), bytes) {
+                    link.handle_packet(now, input);
+                }
+            }
+            while !matches!(link.poll(), LinkOutput::Timeout(_)) {}
         }
     }
 }

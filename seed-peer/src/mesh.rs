@@ -17,7 +17,7 @@ use crate::archive::{Archive, Known, Reply, RoomKey};
 use crate::link::{CloseReason, Link, LinkOutput, Listening, Refused};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
-use crate::room::{Action, RoomPeer, Why};
+use crate::room::{Action, RoomPeer, Said, Why};
 use crate::signalling::{Heard, RelayIndex, Signalling};
 
 /// Event ids that are remembered: the same event comes from every relay that has it.
@@ -177,10 +177,25 @@ impl Mesh {
                 if self.is_known_event(event_id) {
                     return;
                 }
-                let mut actions = Vec::new();
-                self.rooms[room].peer.handle_signal(signal, to_self, relay, &mut actions);
-                self.act(now, room, actions);
+                let peer = signal.peer();
+                if let Some(said) = self.said(room, signal, to_self) {
+                    let mut actions = Vec::new();
+                    self.rooms[room].peer.handle(peer, said, relay, &mut actions);
+                    self.act(now, room, actions);
+                }
             }
+        }
+    }
+
+    /// What a signal says, its description opened; `None` where it says nothing to us.
+    fn said(&self, room: usize, signal: Signal, to_self: bool) -> Option<Said> {
+        match (signal, to_self) {
+            (Signal::Announce { .. }, false) => Some(Said::Announce),
+            (Signal::Bye { .. }, false) => Some(Said::Bye),
+            (Signal::Offer { sdp, .. }, true) => Some(Said::Offer { sdp: self.open(room, &sdp)? }),
+            (Signal::Answer { sdp, .. }, true) => Some(Said::Answer { sdp: self.open(room, &sdp)? }),
+            // Said on a topic where it means nothing.
+            _ => None,
         }
     }
 
@@ -234,13 +249,12 @@ impl Mesh {
         }
     }
 
-    fn accept(&mut self, now: Instant, room: usize, peer: PeerId, relay: RelayIndex, offer: &SealedDescription) {
+    fn accept(&mut self, now: Instant, room: usize, peer: PeerId, relay: RelayIndex, offer: &str) {
         if self.links.len() >= self.max_links {
             return;
         }
-        let Some(offer) = self.open(room, offer) else { return };
         let candidates = self.addresses.candidates();
-        match Link::answer(now, self.certificate.clone(), candidates, self.listening(room), &offer) {
+        match Link::answer(now, self.certificate.clone(), candidates, self.listening(room), offer) {
             Ok((link, sdp)) => {
                 let link = self.add_link(now, room, peer, link);
                 let MeshRoom { room: name, key, peer: us, .. } = &mut self.rooms[room];
@@ -252,11 +266,9 @@ impl Mesh {
         }
     }
 
-    fn complete(&mut self, now: Instant, room: usize, peer: PeerId, link: LinkId, answer: &SealedDescription) {
-        // Whoever knows the ids could send this; only the room's own peers can seal it.
-        let Some(answer) = self.open(room, answer) else { return };
+    fn complete(&mut self, now: Instant, room: usize, peer: PeerId, link: LinkId, answer: &str) {
         let Some(dialled) = self.links.get_mut(link) else { return };
-        let accepted = dialled.accept_answer(&answer);
+        let accepted = dialled.accept_answer(answer);
         if let Err(error) = accepted {
             self.refuse_description(&error);
             return;

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use genosdb::{PeerId, SealedDescription, Signal};
+use genosdb::PeerId;
 
 use crate::links::LinkId;
 use crate::signalling::RelayIndex;
@@ -20,6 +20,20 @@ const MAX_ACCEPTING: usize = 6;
 /// Links of one room that are not open yet: whoever floods a room with made-up ids gets no further.
 const MAX_PENDING: usize = 128;
 
+/// What a peer said through a relay. Descriptions are opened already: whoever does not know the room's password
+/// cannot make us drop or answer anything with them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// "I am here", on the room's topic.
+    Announce,
+    /// "I am leaving", on the room's topic.
+    Bye,
+    /// "Connect to me", on our own topic.
+    Offer { sdp: String },
+    /// "Here is how", on our own topic.
+    Answer { sdp: String },
+}
+
 /// What to do.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Action {
@@ -28,9 +42,9 @@ pub(crate) enum Action {
     /// Make an offer to `peer`, and send it through `relay`; then call [`RoomPeer::dialled`].
     Dial { peer: PeerId, relay: RelayIndex },
     /// Answer the offer of `peer` through `relay`; then call [`RoomPeer::accepted`].
-    Accept { peer: PeerId, relay: RelayIndex, sdp: SealedDescription },
+    Accept { peer: PeerId, relay: RelayIndex, sdp: String },
     /// Give the answer of `peer` to the link that dialled it.
-    Complete { peer: PeerId, link: LinkId, sdp: SealedDescription },
+    Complete { peer: PeerId, link: LinkId, sdp: String },
     /// End a link that is of no more use.
     Drop { link: LinkId, why: Why },
     /// `peer` is here, on this link.
@@ -141,29 +155,20 @@ impl RoomPeer {
         self.next_announce = now;
     }
 
-    /// A peer said something through a relay. `to_self`: on our own topic, not on the room's.
-    pub(crate) fn handle_signal(
-        &mut self,
-        signal: Signal,
-        to_self: bool,
-        relay: RelayIndex,
-        actions: &mut Vec<Action>,
-    ) {
-        let peer = signal.peer();
+    /// A peer said something through a relay.
+    pub(crate) fn handle(&mut self, peer: PeerId, said: Said, relay: RelayIndex, actions: &mut Vec<Action>) {
         if peer == self.id {
             return;
         }
-        match signal {
-            Signal::Announce { .. } if !to_self => self.announced(peer, relay, actions),
-            Signal::Bye { .. } if !to_self => self.bye(peer, actions),
-            Signal::Offer { sdp, .. } if to_self => self.offered(peer, relay, sdp, actions),
-            Signal::Answer { sdp, .. } if to_self => {
+        match said {
+            Said::Announce => self.announced(peer, relay, actions),
+            Said::Bye => self.bye(peer, actions),
+            Said::Offer { sdp } => self.offered(peer, relay, sdp, actions),
+            Said::Answer { sdp } => {
                 if let Some((link, _)) = self.peers.get(&peer).and_then(|known| known.dialling) {
                     actions.push(Action::Complete { peer, link, sdp });
                 }
             }
-            // Said where it means nothing.
-            _ => {}
         }
     }
 
@@ -175,7 +180,7 @@ impl RoomPeer {
         }
     }
 
-    fn offered(&mut self, peer: PeerId, relay: RelayIndex, sdp: SealedDescription, actions: &mut Vec<Action>) {
+    fn offered(&mut self, peer: PeerId, relay: RelayIndex, sdp: String, actions: &mut Vec<Action>) {
         if !self.has_room(peer) {
             return;
         }
@@ -275,8 +280,8 @@ mod tests {
         PeerId::parse(&character.to_string().repeat(20)).unwrap()
     }
 
-    fn sdp() -> SealedDescription {
-        SealedDescription("1$AA==".into())
+    fn sdp() -> String {
+        "v=0".into()
     }
 
     fn room(us: char) -> (RoomPeer, Instant) {
@@ -284,14 +289,14 @@ mod tests {
         (RoomPeer::new(id(us), 10, now), now)
     }
 
-    fn hear(room: &mut RoomPeer, signal: Signal, to_self: bool) -> Vec<Action> {
+    fn hear(room: &mut RoomPeer, peer: PeerId, said: Said) -> Vec<Action> {
         let mut actions = Vec::new();
-        room.handle_signal(signal, to_self, RELAY, &mut actions);
+        room.handle(peer, said, RELAY, &mut actions);
         actions
     }
 
-    fn offer(peer: char) -> Signal {
-        Signal::Offer { peer: id(peer), sdp: sdp(), superpeer: false }
+    fn offer() -> Said {
+        Said::Offer { sdp: sdp() }
     }
 
     fn opened(room: &mut RoomPeer, peer: char, link: LinkId) -> Vec<Action> {
@@ -304,14 +309,13 @@ mod tests {
     fn a_first_announce_is_answered_by_one_dial() {
         let (mut room, now) = room('m');
         let peer = id('a');
-        let announce = Signal::Announce { peer };
-        assert_eq!(hear(&mut room, announce.clone(), false), [Action::Dial { peer, relay: RELAY }]);
+        assert_eq!(hear(&mut room, peer, Said::Announce), [Action::Dial { peer, relay: RELAY }]);
         room.dialled(peer, 1, now);
-        assert_eq!(hear(&mut room, announce.clone(), false), []);
-        let answer = Signal::Answer { peer, sdp: sdp() };
-        assert_eq!(hear(&mut room, answer, true), [Action::Complete { peer, link: 1, sdp: sdp() }]);
+        assert_eq!(hear(&mut room, peer, Said::Announce), []);
+        let answer = Said::Answer { sdp: sdp() };
+        assert_eq!(hear(&mut room, peer, answer), [Action::Complete { peer, link: 1, sdp: sdp() }]);
         assert_eq!(opened(&mut room, 'a', 1), [Action::Joined { peer, link: 1 }]);
-        assert_eq!(hear(&mut room, announce, false), []);
+        assert_eq!(hear(&mut room, peer, Said::Announce), []);
         assert_eq!((room.open_links(), room.pending), (1, 0));
     }
 
@@ -319,11 +323,11 @@ mod tests {
     fn of_two_offers_that_cross_the_one_of_the_greater_id_stands() {
         let (mut greater, now) = room('z');
         greater.dialled(id('a'), 1, now);
-        assert_eq!(hear(&mut greater, offer('a'), true), []);
+        assert_eq!(hear(&mut greater, id('a'), offer()), []);
 
         let (mut lesser, now) = room('A');
         lesser.dialled(id('a'), 1, now);
-        let actions = hear(&mut lesser, offer('a'), true);
+        let actions = hear(&mut lesser, id('a'), offer());
         assert_eq!(
             actions,
             [Action::Drop { link: 1, why: Why::Replaced }, Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }]
@@ -336,7 +340,7 @@ mod tests {
         let (mut room, now) = room('m');
         room.accepted(id('a'), 1, now);
         opened(&mut room, 'a', 1);
-        let actions = hear(&mut room, offer('a'), true);
+        let actions = hear(&mut room, id('a'), offer());
         assert!(matches!(actions[..], [Action::Accept { .. }]));
         room.accepted(id('a'), 2, now);
         assert_eq!(room.links().collect::<Vec<_>>(), [1]);
@@ -356,7 +360,7 @@ mod tests {
         let (mut room, mut now) = room('m');
         room.accepted(id('a'), 1, now);
         opened(&mut room, 'a', 1);
-        hear(&mut room, offer('a'), true);
+        hear(&mut room, id('a'), offer());
         room.accepted(id('a'), 2, now);
         now += ACCEPT_TIMEOUT;
         let mut actions = Vec::new();
@@ -371,7 +375,7 @@ mod tests {
         room.accepted(id('a'), 1, now);
         opened(&mut room, 'a', 1);
         room.accepted(id('a'), 2, now);
-        let actions = hear(&mut room, Signal::Bye { peer: id('a') }, false);
+        let actions = hear(&mut room, id('a'), Said::Bye);
         assert_eq!(
             actions,
             [
@@ -403,7 +407,7 @@ mod tests {
         let mut actions = Vec::new();
         room.tick(now, &mut actions);
         assert_eq!(actions, [Action::Announce, Action::Drop { link: 1, why: Why::Late }]);
-        let actions = hear(&mut room, Signal::Announce { peer: id('a') }, false);
+        let actions = hear(&mut room, id('a'), Said::Announce);
         assert!(matches!(actions[..], [Action::Dial { .. }]));
     }
 
@@ -414,7 +418,7 @@ mod tests {
         let mut dials = 0;
         for number in 0..10_000 {
             let peer = PeerId::parse(&format!("{number:020}")).unwrap();
-            for action in hear(&mut room, Signal::Announce { peer }, false) {
+            for action in hear(&mut room, peer, Said::Announce) {
                 assert!(matches!(action, Action::Dial { .. }));
                 dials += 1;
                 room.dialled(peer, dials, now);
@@ -424,10 +428,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_on_the_wrong_topic_means_nothing() {
+    fn the_seed_does_not_talk_to_itself() {
         let (mut room, _) = room('m');
-        assert_eq!(hear(&mut room, offer('a'), false), []);
-        assert_eq!(hear(&mut room, Signal::Announce { peer: id('a') }, true), []);
-        assert_eq!(hear(&mut room, Signal::Announce { peer: id('m') }, false), []);
+        assert_eq!(hear(&mut room, id('m'), Said::Announce), []);
+        assert_eq!(hear(&mut room, id('m'), offer()), []);
     }
 }
