@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use figment::providers::Serialized;
 use figment::value::Dict;
@@ -41,6 +42,10 @@ pub(crate) struct RelaySettings {
     max_connections: usize,
     /// Bytes of one message.
     max_message_bytes: usize,
+    /// Announces a second that one subscriber gets per topic; 0 passes every one on.
+    announce_budget: u32,
+    /// The longest time between two announces of one peer to one subscriber.
+    announce_max_interval_seconds: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,12 +161,15 @@ fn everywhere(port: u16) -> SocketAddr {
 impl Default for RelaySettings {
     fn default() -> Self {
         let limits = relay::Limits::default();
+        let announces = relay::AnnounceEconomy::default();
         Self {
             listen: everywhere(8080),
             public_url: None,
             admission: Admission::Open,
             max_connections: limits.connections,
             max_message_bytes: limits.message_bytes,
+            announce_budget: announces.budget,
+            announce_max_interval_seconds: announces.max_interval.as_secs(),
         }
     }
 }
@@ -278,7 +286,11 @@ impl Settings {
             message_bytes: self.relay.max_message_bytes,
             ..relay::Limits::default()
         };
-        relay::Config { listen: self.relay.listen, limits, routes }
+        let announces = relay::AnnounceEconomy {
+            budget: self.relay.announce_budget,
+            max_interval: Duration::from_secs(self.relay.announce_max_interval_seconds),
+        };
+        relay::Config { listen: self.relay.listen, limits, announces, routes }
     }
 
     /// The TURN server's configuration.

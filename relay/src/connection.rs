@@ -1,6 +1,6 @@
 //! One client's connection: reads its messages, writes what is for it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use crate::event::Event;
 use crate::filter::{Filter, FilterError};
 use crate::message::{ClientMessage, MessageError, relay_message};
+use crate::presence::PresentKey;
 use crate::server::Relay;
 use crate::subscriptions::Subscription;
 
@@ -28,6 +29,12 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// A client of which nothing was heard for so long is gone.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How often peers that are present are made known to new subscriptions, within the budget of announces.
+const REPLAY_INTERVAL: Duration = Duration::from_secs(1);
+/// Authors that may be present over one connection; more are passed on as by any relay.
+const MAX_JOINED: usize = 1_024;
+/// Present peers that wait to be made known to one client, at most.
+const MAX_REPLAYS: usize = 16_384;
 /// Messages in a row that are not Nostr before a client is cut off.
 const MAX_MALFORMED: usize = 32;
 
@@ -70,7 +77,17 @@ impl Outbox {
 pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, stop: CancellationToken) {
     relay.metrics.connections.inc();
     let (outbox, deliveries) = Outbox::new();
-    let mut connection = Connection { socket, relay, outbox, subscriptions: HashMap::new(), malformed: 0 };
+    let number = relay.new_connection();
+    let mut connection = Connection {
+        socket,
+        relay,
+        number,
+        outbox,
+        subscriptions: HashMap::new(),
+        joined: HashSet::new(),
+        replays: VecDeque::new(),
+        malformed: 0,
+    };
     let reason = connection.run(deliveries, stop).await;
     connection.relay.metrics.disconnects.with_label_values(&[reason.label()]).inc();
     if let Some((code, text)) = reason.close_frame() {
@@ -117,8 +134,14 @@ impl End {
 struct Connection {
     socket: WebSocket,
     relay: Arc<Relay>,
+    /// Tells this connection from all others.
+    number: u64,
     outbox: Arc<Outbox>,
     subscriptions: HashMap<String, Arc<Subscription>>,
+    /// Who announced itself over this connection.
+    joined: HashSet<PresentKey>,
+    /// Present peers that new subscriptions are still to hear of.
+    replays: VecDeque<(Arc<Subscription>, PresentKey)>,
     malformed: usize,
 }
 
@@ -126,6 +149,8 @@ impl Connection {
     async fn run(&mut self, mut deliveries: mpsc::Receiver<Delivery>, stop: CancellationToken) -> End {
         let mut ping = tokio::time::interval(PING_INTERVAL);
         ping.reset();
+        let mut replay = tokio::time::interval(REPLAY_INTERVAL);
+        replay.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut heard = Instant::now();
         loop {
             let step = tokio::select! {
@@ -141,6 +166,7 @@ impl Connection {
                         self.send(Message::Ping(Default::default())).await
                     }
                 }
+                _ = replay.tick(), if !self.replays.is_empty() => self.replay().await,
                 () = stop.cancelled() => ControlFlow::Break(End::Shutdown),
             };
             if let ControlFlow::Break(end) = step {
@@ -189,10 +215,11 @@ impl Connection {
     }
 
     async fn publish(&mut self, event: &Event<'_>, raw: &str) -> ControlFlow<End> {
-        let (accepted, reason) = match self.relay.accept(event) {
-            Ok(()) => {
-                self.relay.deliver(event, raw);
-                (true, String::new())
+        let may_join = self.joined.len() < MAX_JOINED;
+        let (accepted, reason) = match self.relay.publish(event, raw, self.number, may_join) {
+            Ok((accepted, joined)) => {
+                self.joined.extend(joined);
+                (true, accepted.reason().to_owned())
             }
             Err(refusal) => (false, refusal.to_string()),
         };
@@ -207,12 +234,50 @@ impl Connection {
                 let subscription = self.relay.subscriptions.add(&id, filters, Arc::clone(&self.outbox));
                 self.relay.metrics.subscriptions.inc();
                 let eose = relay_message::eose(&id);
+                self.queue_replays(&subscription);
                 self.subscriptions.insert(id, subscription);
                 // Nothing is stored: what was stored has been sent.
-                self.send_text(eose).await
+                self.send_text(eose).await?;
+                self.replay().await
             }
             Err(reason) => self.send_text(relay_message::closed(&id, &reason)).await,
         }
+    }
+
+    /// Takes note of who is present under the topics of a new subscription.
+    fn queue_replays(&mut self, subscription: &Arc<Subscription>) {
+        if !self.relay.presence.is_on() {
+            return;
+        }
+        let now = std::time::Instant::now();
+        for topic in subscription.topics() {
+            for key in self.relay.presence.present(topic, self.number, now) {
+                if self.replays.len() < MAX_REPLAYS {
+                    self.replays.push_back((Arc::clone(subscription), key));
+                }
+            }
+        }
+    }
+
+    /// Makes some more of those who are present known to this client, as many as the budget of a second allows.
+    async fn replay(&mut self) -> ControlFlow<End> {
+        let mut sent = 0;
+        while sent < self.relay.presence.budget()
+            && let Some((subscription, key)) = self.replays.pop_front()
+        {
+            let Some(raw) = self.relay.presence.latest(&key) else { continue };
+            let Ok(event) = serde_json::from_str::<Event<'_>>(&raw) else { continue };
+            if subscription.matches(&event) && self.is_open(&subscription) {
+                sent += 1;
+                self.relay.metrics.replayed.inc();
+                self.send_text(format!("{}{raw}]", subscription.prefix)).await?;
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn is_open(&self, subscription: &Arc<Subscription>) -> bool {
+        self.subscriptions.values().any(|open| Arc::ptr_eq(open, subscription))
     }
 
     fn accept_filters(&self, filters: &[&str]) -> Result<Vec<Filter>, String> {
@@ -273,6 +338,10 @@ impl Drop for Connection {
         let ids: Vec<String> = self.subscriptions.keys().cloned().collect();
         for id in ids {
             self.unsubscribe(&id);
+        }
+        if !self.joined.is_empty() {
+            self.relay.presence.leave(self.number, self.joined.drain());
+            self.relay.count_present();
         }
     }
 }

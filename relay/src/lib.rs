@@ -7,7 +7,10 @@ mod filter;
 mod information;
 mod message;
 mod metrics;
+mod presence;
+mod recent;
 mod server;
 mod subscriptions;
 
+pub use presence::AnnounceEconomy;
 pub use server::{Config, Limits, Server, StartError};

@@ -12,6 +12,9 @@ pub(crate) struct Metrics {
     events: IntCounterVec,
     pub(crate) deliveries: IntCounter,
     pub(crate) drops: IntCounterVec,
+    pub(crate) held_back: IntCounter,
+    pub(crate) replayed: IntCounter,
+    pub(crate) present: IntGauge,
     pub(crate) verification_seconds: Histogram,
 }
 
@@ -40,6 +43,15 @@ impl Metrics {
                 Opts::new("homeport_relay_drops_total", "Deliveries that were dropped, by reason."),
                 &["reason"],
             )?,
+            held_back: IntCounter::new(
+                "homeport_relay_announces_held_back_total",
+                "Deliveries of repeated announces that were saved, since their author is known to be present.",
+            )?,
+            replayed: IntCounter::new(
+                "homeport_relay_announces_replayed_total",
+                "Announces of present peers that a new subscriber was given at once.",
+            )?,
+            present: IntGauge::new("homeport_relay_present_peers", "Peers that are present under a topic now.")?,
             verification_seconds: Histogram::with_opts(
                 HistogramOpts::new(
                     "homeport_relay_verification_seconds",
@@ -55,6 +67,9 @@ impl Metrics {
         registry.register(Box::new(metrics.events.clone()))?;
         registry.register(Box::new(metrics.deliveries.clone()))?;
         registry.register(Box::new(metrics.drops.clone()))?;
+        registry.register(Box::new(metrics.held_back.clone()))?;
+        registry.register(Box::new(metrics.replayed.clone()))?;
+        registry.register(Box::new(metrics.present.clone()))?;
         registry.register(Box::new(metrics.verification_seconds.clone()))?;
         // Series that a dashboard asks for are there from the start, not from the first event on.
         for verb in ["EVENT", "REQ", "CLOSE", "malformed"] {

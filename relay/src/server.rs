@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -20,6 +21,8 @@ use crate::connection;
 use crate::event::{Event, VerifyError};
 use crate::information;
 use crate::metrics::Metrics;
+use crate::presence::{AnnounceEconomy, Presence, PresentKey};
+use crate::recent::RecentIds;
 use crate::subscriptions::Subscriptions;
 
 /// How long open connections get to say goodbye at shutdown.
@@ -62,6 +65,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// What a client may ask.
     pub limits: Limits,
+    /// How often announces are passed on.
+    pub announces: AnnounceEconomy,
     /// Other pages to serve on the same port, such as `/client-config.json`.
     pub routes: Router,
 }
@@ -102,6 +107,9 @@ impl Server {
         let relay = Arc::new(Relay {
             limits: config.limits,
             subscriptions: Subscriptions::default(),
+            presence: Presence::new(config.announces, Instant::now()),
+            recent: RecentIds::default(),
+            next_connection: AtomicU64::new(1),
             metrics,
             stop: stop.clone(),
             connections: connections.clone(),
@@ -150,6 +158,9 @@ impl Server {
 pub(crate) struct Relay {
     pub(crate) limits: Limits,
     pub(crate) subscriptions: Subscriptions,
+    pub(crate) presence: Presence,
+    recent: RecentIds,
+    next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
     stop: CancellationToken,
     connections: TaskTracker,
@@ -166,10 +177,74 @@ pub(crate) enum Refusal {
     Unverified(VerifyError),
 }
 
+/// What became of an event that was not refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accepted {
+    /// It is for somebody, now or with a later announce.
+    Delivered,
+    /// Nobody has asked for it.
+    Mute,
+    /// It was here before.
+    Duplicate,
+}
+
+impl Accepted {
+    /// What the client is told, behind `OK true`.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Delivered => "",
+            Self::Mute => "mute: nobody is listening to this",
+            Self::Duplicate => "duplicate: this event was here before",
+        }
+    }
+}
+
 impl Relay {
+    /// A number that tells a connection from all others.
+    pub(crate) fn new_connection(&self) -> u64 {
+        self.next_connection.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Checks an event, and queues it for every subscription that it belongs to, as the very text that its author
+    /// sent. With it, the author's key when it has just become present, which `may_join` allows.
+    pub(crate) fn publish(
+        &self,
+        event: &Event<'_>,
+        raw: &str,
+        connection: u64,
+        may_join: bool,
+    ) -> Result<(Accepted, Option<PresentKey>), Refusal> {
+        if self.recent.contains(&event.id) {
+            self.metrics.event("duplicate", class_of(event));
+            return Ok((Accepted::Duplicate, None));
+        }
+        self.check(event)?;
+        if !self.recent.insert(event.id) {
+            return Ok((Accepted::Duplicate, None));
+        }
+        let raw: Arc<str> = raw.into();
+        let (audience, joined) = self.presence.hear(event, &raw, connection, may_join, Instant::now());
+        let (subscriptions, held_back) = self.subscriptions.matching(event, audience);
+        for subscription in &subscriptions {
+            if !subscription.outbox.deliver(subscription, &raw) {
+                self.metrics.drops.with_label_values(&["slow_client"]).inc();
+            }
+        }
+        self.metrics.held_back.inc_by(held_back);
+        if joined.is_some() {
+            self.count_present();
+        }
+        let accepted = if subscriptions.is_empty() && held_back == 0 { Accepted::Mute } else { Accepted::Delivered };
+        Ok((accepted, joined))
+    }
+
+    /// Brings the gauge of present authors up to date.
+    pub(crate) fn count_present(&self) {
+        self.metrics.present.set(i64::try_from(self.presence.len()).unwrap_or(i64::MAX));
+    }
+
     /// Whether an event is one for this relay; limits come before the signature, which costs most.
-    pub(crate) fn accept(&self, event: &Event<'_>) -> Result<(), Refusal> {
-        let class = if event.is_ephemeral() { "ephemeral" } else { "stored" };
+    fn check(&self, event: &Event<'_>) -> Result<(), Refusal> {
         let result = if !event.is_ephemeral() {
             Err(Refusal::NotEphemeral)
         } else if event.tags.len() > self.limits.event_tags {
@@ -187,23 +262,14 @@ impl Relay {
             Err(Refusal::Unverified(VerifyError::Id)) => "wrong_id",
             Err(Refusal::Unverified(VerifyError::Signature)) => "wrong_signature",
         };
-        self.metrics.event(label, class);
+        self.metrics.event(label, class_of(event));
         result
     }
+}
 
-    /// Queues an event for every subscription that it belongs to, as the very text that its author sent.
-    pub(crate) fn deliver(&self, event: &Event<'_>, raw: &str) {
-        let subscriptions = self.subscriptions.matching(event);
-        if subscriptions.is_empty() {
-            return;
-        }
-        let raw: Arc<str> = raw.into();
-        for subscription in &subscriptions {
-            if !subscription.outbox.deliver(subscription, &raw) {
-                self.metrics.drops.with_label_values(&["slow_client"]).inc();
-            }
-        }
-    }
+/// The class of an event, for metrics.
+fn class_of(event: &Event<'_>) -> &'static str {
+    if event.is_ephemeral() { "ephemeral" } else { "stored" }
 }
 
 /// `/`: Nostr for a WebSocket, the NIP-11 document for who asks for it, a page for people.

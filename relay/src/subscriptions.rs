@@ -8,6 +8,7 @@ use crate::connection::Outbox;
 use crate::event::Event;
 use crate::filter::Filter;
 use crate::message::relay_message;
+use crate::presence::Audience;
 
 /// Up to so many pairs of kind and value, a filter is indexed by the pairs; beyond, by the values alone. Trystero
 /// asks for 250 kinds and 250 values in one filter: 62,500 pairs would be a way to fill our memory.
@@ -34,11 +35,14 @@ enum Key {
     Any,
 }
 
+/// Subscriptions under one key, each with its serial in front: who is not due is passed over without a look at it.
+type Bucket = Vec<(u64, Arc<Subscription>)>;
+
 /// All subscriptions of the relay.
 #[derive(Debug, Default)]
 pub(crate) struct Subscriptions {
     next_serial: AtomicU64,
-    index: RwLock<HashMap<Key, Vec<Arc<Subscription>>>>,
+    index: RwLock<HashMap<Key, Bucket>>,
 }
 
 impl Subscriptions {
@@ -52,7 +56,7 @@ impl Subscriptions {
         });
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         for key in subscription.keys() {
-            index.entry(key).or_default().push(Arc::clone(&subscription));
+            index.entry(key).or_default().push((subscription.serial, Arc::clone(&subscription)));
         }
         subscription
     }
@@ -62,7 +66,7 @@ impl Subscriptions {
         let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
         for key in subscription.keys() {
             if let Some(bucket) = index.get_mut(&key) {
-                bucket.retain(|other| other.serial != subscription.serial);
+                bucket.retain(|(serial, _)| *serial != subscription.serial);
                 if bucket.is_empty() {
                     index.remove(&key);
                 }
@@ -70,8 +74,9 @@ impl Subscriptions {
         }
     }
 
-    /// The subscriptions that an event belongs to, each once.
-    pub(crate) fn matching(&self, event: &Event<'_>) -> Vec<Arc<Subscription>> {
+    /// The subscriptions that an event belongs to, each once, and how many may belong to it that are not of the
+    /// `audience`.
+    pub(crate) fn matching(&self, event: &Event<'_>, audience: Audience) -> (Vec<Arc<Subscription>>, u64) {
         let mut keys = vec![Key::Any, Key::Kind(event.kind)];
         for (letter, value) in event.letter_tags() {
             keys.push(Key::KindAndTag(event.kind, letter, value.into()));
@@ -79,19 +84,30 @@ impl Subscriptions {
         }
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
         let mut matching: Vec<Arc<Subscription>> = Vec::new();
-        for bucket in keys.iter().filter_map(|key| index.get(key)) {
-            matching.extend(bucket.iter().filter(|one| one.matches(event)).cloned());
+        let mut held_back = 0;
+        for (serial, one) in keys.iter().filter_map(|key| index.get(key)).flatten() {
+            if !audience.includes(*serial) {
+                held_back += 1;
+            } else if one.matches(event) {
+                matching.push(Arc::clone(one));
+            }
         }
         drop(index);
         // A subscription stands under several of its keys.
         matching.sort_unstable_by_key(|one| one.serial);
         matching.dedup_by_key(|one| one.serial);
-        matching
+        (matching, held_back)
     }
 }
 
 impl Subscription {
-    fn matches(&self, event: &Event<'_>) -> bool {
+    /// The values of `x` tags that the client asked for.
+    pub(crate) fn topics(&self) -> impl Iterator<Item = &str> {
+        self.filters.iter().filter_map(|filter| filter.tags.get(&b'x')).flatten().map(AsRef::as_ref)
+    }
+
+    /// Whether an event is one that the client asked for.
+    pub(crate) fn matches(&self, event: &Event<'_>) -> bool {
         self.filters.iter().any(|filter| filter.matches(event))
     }
 
@@ -162,7 +178,7 @@ mod tests {
                 }
             }
             for event in &events {
-                let found: Vec<u64> = subscriptions.matching(event).iter().map(|one| one.serial).collect();
+                let found: Vec<u64> = subscriptions.matching(event, Audience::All).0.iter().map(|one| one.serial).collect();
                 let asked: Vec<u64> = live.iter().filter(|one| one.matches(event)).map(|one| one.serial).collect();
                 prop_assert_eq!(found, asked);
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::{SinkExt as _, StreamExt as _};
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
-use relay::{Config, Limits, Server};
+use relay::{AnnounceEconomy, Config, Limits, Server};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 fn start(limits: Limits) -> Server {
     let listen = "127.0.0.1:0".parse().unwrap();
-    Server::bind(Config { listen, limits, routes: axum::Router::new() }).unwrap()
+    Server::bind(Config { listen, limits, announces: AnnounceEconomy::default(), routes: axum::Router::new() }).unwrap()
 }
 
 struct Client(WebSocketStream<MaybeTlsStream<TcpStream>>);
@@ -89,6 +89,66 @@ async fn an_ephemeral_event_reaches_who_asked_for_it_and_nobody_else() {
     assert!(far.hear_all().await.is_empty());
     far.subscribe("late", json!({ "kinds": [22_718], "#x": ["topic"] })).await;
     assert!(far.hear_all().await.is_empty());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_author_is_told_when_nobody_listens_and_when_it_repeats_itself() {
+    let server = start(Limits::default());
+    let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
+    let unheard = event(20_001, "topic", "unheard");
+    author.say(json!(["EVENT", unheard])).await;
+    let answer = author.hear().await;
+    assert!(answer[2] == true && answer[3].as_str().unwrap().starts_with("mute:"), "{answer}");
+    client.subscribe("s", json!({ "#x": ["topic"] })).await;
+    author.say(json!(["EVENT", unheard])).await;
+    let answer = author.hear().await;
+    assert!(answer[2] == true && answer[3].as_str().unwrap().starts_with("duplicate:"), "{answer}");
+    assert!(client.hear_all().await.is_empty());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_new_subscriber_hears_at_once_of_who_is_present_and_of_nobody_who_left() {
+    let server = start(Limits::default());
+    let mut peers = Vec::new();
+    for number in 0..4 {
+        let mut peer = Client::connect(&server).await;
+        let announce = event(20_001, "topic", &format!(r#"{{"peerId":"peer{number}"}}"#));
+        peer.say(json!(["EVENT", announce])).await;
+        assert_eq!(peer.hear().await[2], true);
+        peers.push((peer, announce));
+    }
+    // One says bye, under the key that it announced itself with; one just goes.
+    let keys = Keys::generate();
+    let signed = |content: &str| {
+        let tag = Tag::parse(["x", "topic"]).unwrap();
+        EventBuilder::new(Kind::from(20_001), content).tag(tag).finalize(&keys).unwrap()
+    };
+    let (leaver, _) = &mut peers[0];
+    for content in [r#"{"peerId":"leaver"}"#, r#"{"peerId":"leaver","bye":1}"#] {
+        leaver.say(json!(["EVENT", signed(content)])).await;
+        assert_eq!(leaver.hear().await[2], true);
+    }
+    let (mut gone, _) = peers.remove(1);
+    gone.0.close(None).await.unwrap();
+    while let Some(Ok(_)) = gone.frame().await {}
+
+    let mut expected: Vec<String> = peers.iter().map(|(_, event)| event["id"].to_string()).collect();
+    expected.sort();
+    // The relay may take a moment to see that a connection is gone.
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let mut newcomer = Client::connect(&server).await;
+        newcomer.subscribe("late", json!({ "kinds": [20_001], "#x": ["topic"] })).await;
+        let heard = newcomer.hear_all().await;
+        let mut ids: Vec<String> = heard.iter().map(|message| message[2]["id"].to_string()).collect();
+        ids.sort();
+        if ids == expected {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{ids:?} is not {expected:?}");
+    }
     server.shutdown().await;
 }
 
@@ -229,9 +289,8 @@ async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lo
     let mut reader = Client::connect(&server).await;
     reader.subscribe("reader", json!({ "#x": ["topic"] })).await;
     let mut author = Client::connect(&server).await;
-    let large = event(20_001, "topic", &"x".repeat(60_000));
-    let rounds = 300;
-    for _ in 0..rounds {
+    for number in 0..300 {
+        let large = event(20_001, "topic", &format!("{number:060000}"));
         author.say(json!(["EVENT", large])).await;
         assert_eq!(author.hear().await[2], true);
         assert_eq!(reader.hear().await[0], "EVENT");

@@ -15,8 +15,13 @@ fn relay() -> relay::Server {
 }
 
 fn relay_at(listen: SocketAddr) -> relay::Server {
-    relay::Server::bind(relay::Config { listen, limits: relay::Limits::default(), routes: axum::Router::new() })
-        .unwrap()
+    relay::Server::bind(relay::Config {
+        listen,
+        limits: relay::Limits::default(),
+        announces: relay::AnnounceEconomy::default(),
+        routes: axum::Router::new(),
+    })
+    .unwrap()
 }
 
 fn url(relay: &relay::Server) -> String {
