@@ -33,6 +33,12 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
 
+    // Each client is a file descriptor, and the usual limit is 1,024.
+    match rlimit::increase_nofile_limit(u64::MAX) {
+        Ok(limit) => tracing::info!(limit, "file descriptors"),
+        Err(error) => tracing::warn!(%error, "the limit on file descriptors stays as it is"),
+    }
+
     let credentials = settings.turn_credentials();
     if services.turn && credentials.secret.is_none() && credentials.users.is_empty() {
         if !services.seed {
