@@ -134,7 +134,9 @@ pub(crate) async fn run(url: &str, shape: Shape, before: impl FnOnce()) -> anyho
         finished = finished.max(heard.last);
         if let Err(error) = heard.end {
             cut += 1;
-            eprintln!("a client was cut off: {error:#}");
+            if cut == 1 {
+                eprintln!("a client was cut off, others may follow: {error:#}");
+            }
         }
     }
     latencies.sort_unstable();

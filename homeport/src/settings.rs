@@ -42,6 +42,14 @@ pub(crate) struct RelaySettings {
     max_connections: usize,
     /// Bytes of one message.
     max_message_bytes: usize,
+    /// Connections of one address at a time; 0 sets no limit, here and below.
+    max_connections_per_address: usize,
+    /// Messages a second of one connection.
+    messages_per_second: u32,
+    /// Signatures a second that are checked for one address.
+    verifications_per_second: u32,
+    /// The header in which a trusted proxy says who the client is.
+    trusted_proxy_header: Option<String>,
     /// Announces a second that one subscriber gets per topic; 0 passes every one on.
     announce_budget: u32,
     /// The longest time between two announces of one peer to one subscriber.
@@ -161,6 +169,7 @@ fn everywhere(port: u16) -> SocketAddr {
 impl Default for RelaySettings {
     fn default() -> Self {
         let limits = relay::Limits::default();
+        let rates = relay::Rates::default();
         let announces = relay::AnnounceEconomy::default();
         Self {
             listen: everywhere(8080),
@@ -168,6 +177,10 @@ impl Default for RelaySettings {
             admission: Admission::Open,
             max_connections: limits.connections,
             max_message_bytes: limits.message_bytes,
+            max_connections_per_address: rates.address_connections,
+            messages_per_second: rates.messages,
+            verifications_per_second: rates.verifications,
+            trusted_proxy_header: None,
             announce_budget: announces.budget,
             announce_max_interval_seconds: announces.max_interval.as_secs(),
         }
@@ -290,7 +303,19 @@ impl Settings {
             budget: self.relay.announce_budget,
             max_interval: Duration::from_secs(self.relay.announce_max_interval_seconds),
         };
-        relay::Config { listen: self.relay.listen, limits, announces, routes }
+        let rates = relay::Rates {
+            messages: self.relay.messages_per_second,
+            verifications: self.relay.verifications_per_second,
+            address_connections: self.relay.max_connections_per_address,
+        };
+        relay::Config {
+            listen: self.relay.listen,
+            limits,
+            rates,
+            trusted_proxy_header: self.relay.trusted_proxy_header.clone(),
+            announces,
+            routes,
+        }
     }
 
     /// The TURN server's configuration.

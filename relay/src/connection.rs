@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::event::Event;
 use crate::filter::{Filter, FilterError};
+use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
 use crate::presence::PresentKey;
 use crate::server::Relay;
@@ -74,14 +75,17 @@ impl Outbox {
 }
 
 /// Serves one client until it leaves, misbehaves or `stop` is cancelled.
-pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, stop: CancellationToken) {
+pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, admitted: Admitted, stop: CancellationToken) {
     relay.metrics.connections.inc();
     let (outbox, deliveries) = Outbox::new();
     let number = relay.new_connection();
+    let limit = ConnectionLimit::new(&relay.rates);
     let mut connection = Connection {
         socket,
         relay,
         number,
+        admitted,
+        limit,
         outbox,
         subscriptions: HashMap::new(),
         joined: HashSet::new(),
@@ -136,6 +140,8 @@ struct Connection {
     relay: Arc<Relay>,
     /// Tells this connection from all others.
     number: u64,
+    admitted: Admitted,
+    limit: ConnectionLimit,
     outbox: Arc<Outbox>,
     subscriptions: HashMap<String, Arc<Subscription>>,
     /// Who announced itself over this connection.
@@ -187,6 +193,9 @@ impl Connection {
             Ok(message) => {
                 self.malformed = 0;
                 self.relay.metrics.messages.with_label_values(&[message.verb()]).inc();
+                if !self.limit.allows_message() {
+                    return self.slow_down(message).await;
+                }
                 match message {
                     ClientMessage::Event { event, raw } => self.publish(&event, raw).await,
                     ClientMessage::Req { subscription, filters } => self.subscribe(subscription, &filters).await,
@@ -204,6 +213,25 @@ impl Connection {
         }
     }
 
+    /// Answers a message that came too fast, without doing what it asks.
+    async fn slow_down(&mut self, message: ClientMessage<'_>) -> ControlFlow<End> {
+        const REASON: &str = "rate-limited: too many messages, slow down";
+        self.relay.metrics.rate_limit_hits.with_label_values(&["messages"]).inc();
+        match message {
+            ClientMessage::Event { event, .. } => {
+                self.send_text(relay_message::ok(&hex::encode(event.id), false, REASON)).await
+            }
+            ClientMessage::Req { subscription, .. } => {
+                self.send_text(relay_message::closed(&subscription, REASON)).await
+            }
+            // Ending a subscription lightens the load.
+            ClientMessage::Close { subscription } => {
+                self.unsubscribe(&subscription);
+                ControlFlow::Continue(())
+            }
+        }
+    }
+
     /// Answers what is no message of Nostr; a client that sends nothing else is cut off.
     async fn refuse_message(&mut self, reason: &str) -> ControlFlow<End> {
         self.relay.metrics.messages.with_label_values(&["malformed"]).inc();
@@ -216,7 +244,7 @@ impl Connection {
 
     async fn publish(&mut self, event: &Event<'_>, raw: &str) -> ControlFlow<End> {
         let may_join = self.joined.len() < MAX_JOINED;
-        let (accepted, reason) = match self.relay.publish(event, raw, self.number, may_join) {
+        let (accepted, reason) = match self.relay.publish(event, raw, self.admitted.origin(), self.number, may_join) {
             Ok((accepted, joined)) => {
                 self.joined.extend(joined);
                 (true, accepted.reason().to_owned())

@@ -5,6 +5,7 @@ mod connection;
 mod event;
 mod filter;
 mod information;
+mod limits;
 mod message;
 mod metrics;
 mod presence;
@@ -12,5 +13,6 @@ mod recent;
 mod server;
 mod subscriptions;
 
+pub use limits::Rates;
 pub use presence::AnnounceEconomy;
 pub use server::{Config, Limits, Server, StartError};

@@ -12,6 +12,7 @@ pub(crate) struct Metrics {
     events: IntCounterVec,
     pub(crate) deliveries: IntCounter,
     pub(crate) drops: IntCounterVec,
+    pub(crate) rate_limit_hits: IntCounterVec,
     pub(crate) held_back: IntCounter,
     pub(crate) replayed: IntCounter,
     pub(crate) present: IntGauge,
@@ -43,6 +44,10 @@ impl Metrics {
                 Opts::new("homeport_relay_drops_total", "Deliveries that were dropped, by reason."),
                 &["reason"],
             )?,
+            rate_limit_hits: IntCounterVec::new(
+                Opts::new("homeport_relay_rate_limit_hits_total", "Messages and connections refused, by limit."),
+                &["limit"],
+            )?,
             held_back: IntCounter::new(
                 "homeport_relay_announces_held_back_total",
                 "Deliveries of repeated announces that were saved, since their author is known to be present.",
@@ -67,6 +72,7 @@ impl Metrics {
         registry.register(Box::new(metrics.events.clone()))?;
         registry.register(Box::new(metrics.deliveries.clone()))?;
         registry.register(Box::new(metrics.drops.clone()))?;
+        registry.register(Box::new(metrics.rate_limit_hits.clone()))?;
         registry.register(Box::new(metrics.held_back.clone()))?;
         registry.register(Box::new(metrics.replayed.clone()))?;
         registry.register(Box::new(metrics.present.clone()))?;
@@ -77,6 +83,9 @@ impl Metrics {
         }
         metrics.events.with_label_values(&["accepted", "ephemeral"]);
         metrics.drops.with_label_values(&["slow_client"]);
+        for limit in ["messages", "verifications", "connections"] {
+            metrics.rate_limit_hits.with_label_values(&[limit]);
+        }
         Ok(metrics)
     }
 

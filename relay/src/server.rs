@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::State;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use service::{BindError, Health, Telemetry, listen};
@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::connection;
 use crate::event::{Event, VerifyError};
 use crate::information;
+use crate::limits::{self, AddressLimits, Origin, Rates};
 use crate::metrics::Metrics;
 use crate::presence::{AnnounceEconomy, Presence, PresentKey};
 use crate::recent::RecentIds;
@@ -27,6 +28,9 @@ use crate::subscriptions::Subscriptions;
 
 /// How long open connections get to say goodbye at shutdown.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// How often addresses that have gone quiet are forgotten.
+const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What a client may ask of the relay. All of it stands in the NIP-11 document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +69,11 @@ pub struct Config {
     pub listen: SocketAddr,
     /// What a client may ask.
     pub limits: Limits,
+    /// What one client and one address may ask in a second.
+    pub rates: Rates,
+    /// The header in which a trusted proxy says who the client is, such as `x-forwarded-for`. Without it, the address
+    /// of the connection counts, and loopback is spared: everybody may come from there.
+    pub trusted_proxy_header: Option<String>,
     /// How often announces are passed on.
     pub announces: AnnounceEconomy,
     /// Other pages to serve on the same port, such as `/client-config.json`.
@@ -77,6 +86,9 @@ pub enum StartError {
     /// The address cannot be listened on.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The header is none.
+    #[error("{0:?} is no name of a header (setting relay.trusted_proxy_header)")]
+    Header(String),
     /// A metric is registered twice.
     #[error(transparent)]
     Metrics(#[from] prometheus::Error),
@@ -98,6 +110,10 @@ impl Server {
     /// # Errors
     /// [`StartError`], which names the setting at fault.
     pub fn bind(config: Config) -> Result<Self, StartError> {
+        let proxy_header = match &config.trusted_proxy_header {
+            Some(name) => Some(HeaderName::try_from(name.as_str()).map_err(|_| StartError::Header(name.clone()))?),
+            None => None,
+        };
         let telemetry = Telemetry::default();
         let metrics = Metrics::register(&telemetry.registry)?;
         let listener = listen::tcp("relay.listen", config.listen)?;
@@ -106,6 +122,9 @@ impl Server {
         let connections = TaskTracker::new();
         let relay = Arc::new(Relay {
             limits: config.limits,
+            rates: config.rates,
+            addresses: Arc::new(AddressLimits::new(&config.rates, proxy_header.is_none())),
+            proxy_header,
             subscriptions: Subscriptions::default(),
             presence: Presence::new(config.announces, Instant::now()),
             recent: RecentIds::default(),
@@ -114,10 +133,12 @@ impl Server {
             stop: stop.clone(),
             connections: connections.clone(),
         });
+        tokio::spawn(tidy(Arc::clone(&relay.addresses), stop.clone()));
         let router =
             Router::new().route("/", get(root)).route("/healthz", get(healthz)).with_state(relay).merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
-        let task = tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(stopped).await });
+        let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        let task = tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await });
         telemetry.health.set("relay", service::State::Ok);
         Ok(Self { address, telemetry, stop, connections, task })
     }
@@ -157,6 +178,9 @@ impl Server {
 #[derive(Debug)]
 pub(crate) struct Relay {
     pub(crate) limits: Limits,
+    pub(crate) rates: Rates,
+    addresses: Arc<AddressLimits>,
+    proxy_header: Option<HeaderName>,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) presence: Presence,
     recent: RecentIds,
@@ -173,6 +197,8 @@ pub(crate) enum Refusal {
     NotEphemeral,
     #[error("invalid: too many tags")]
     TooManyTags,
+    #[error("rate-limited: too many events from your address, slow down")]
+    TooFast,
     #[error("invalid: {0}")]
     Unverified(VerifyError),
 }
@@ -200,6 +226,12 @@ impl Accepted {
 }
 
 impl Relay {
+    /// Where a client comes from: as a trusted proxy says, else as the connection says.
+    fn origin(&self, address: SocketAddr, headers: &HeaderMap) -> Origin {
+        let header = self.proxy_header.as_ref().and_then(|name| headers.get(name)?.to_str().ok());
+        Origin::of(header.and_then(limits::forwarded).unwrap_or(address.ip()))
+    }
+
     /// A number that tells a connection from all others.
     pub(crate) fn new_connection(&self) -> u64 {
         self.next_connection.fetch_add(1, Ordering::Relaxed)
@@ -211,6 +243,7 @@ impl Relay {
         &self,
         event: &Event<'_>,
         raw: &str,
+        origin: Origin,
         connection: u64,
         may_join: bool,
     ) -> Result<(Accepted, Option<PresentKey>), Refusal> {
@@ -218,7 +251,7 @@ impl Relay {
             self.metrics.event("duplicate", class_of(event));
             return Ok((Accepted::Duplicate, None));
         }
-        self.check(event)?;
+        self.check(event, origin)?;
         if !self.recent.insert(event.id) {
             return Ok((Accepted::Duplicate, None));
         }
@@ -244,11 +277,14 @@ impl Relay {
     }
 
     /// Whether an event is one for this relay; limits come before the signature, which costs most.
-    fn check(&self, event: &Event<'_>) -> Result<(), Refusal> {
+    fn check(&self, event: &Event<'_>, origin: Origin) -> Result<(), Refusal> {
         let result = if !event.is_ephemeral() {
             Err(Refusal::NotEphemeral)
         } else if event.tags.len() > self.limits.event_tags {
             Err(Refusal::TooManyTags)
+        } else if !self.addresses.allows_verification(origin) {
+            self.metrics.rate_limit_hits.with_label_values(&["verifications"]).inc();
+            Err(Refusal::TooFast)
         } else {
             let start = Instant::now();
             let verified = event.verify();
@@ -259,6 +295,7 @@ impl Relay {
             Ok(()) => "accepted",
             Err(Refusal::NotEphemeral) => "not_ephemeral",
             Err(Refusal::TooManyTags) => "too_many_tags",
+            Err(Refusal::TooFast) => "rate_limited",
             Err(Refusal::Unverified(VerifyError::Id)) => "wrong_id",
             Err(Refusal::Unverified(VerifyError::Signature)) => "wrong_signature",
         };
@@ -275,11 +312,13 @@ fn class_of(event: &Event<'_>) -> &'static str {
 /// `/`: Nostr for a WebSocket, the NIP-11 document for who asks for it, a page for people.
 async fn root(
     State(relay): State<Arc<Relay>>,
+    ConnectInfo(address): ConnectInfo<SocketAddr>,
     headers: HeaderMap,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Response {
     if let Ok(upgrade) = upgrade {
-        return accept(upgrade, relay);
+        let origin = relay.origin(address, &headers);
+        return accept(upgrade, relay, origin);
     }
     let accepts = |kind: &str| {
         headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|value| value.contains(kind))
@@ -301,11 +340,26 @@ async fn healthz() -> &'static str {
     "ok\n"
 }
 
-fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>) -> Response {
+/// Forgets addresses that have gone quiet, until `stop`.
+async fn tidy(addresses: Arc<AddressLimits>, stop: CancellationToken) {
+    let mut interval = tokio::time::interval(TIDY_INTERVAL);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => addresses.tidy(),
+            () = stop.cancelled() => return,
+        }
+    }
+}
+
+fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>, origin: Origin) -> Response {
     if relay.connections.len() >= relay.limits.connections {
         relay.metrics.disconnects.with_label_values(&["full"]).inc();
         return (StatusCode::SERVICE_UNAVAILABLE, "too many connections").into_response();
     }
+    let Some(admitted) = relay.addresses.connect(origin) else {
+        relay.metrics.rate_limit_hits.with_label_values(&["connections"]).inc();
+        return (StatusCode::TOO_MANY_REQUESTS, "too many connections from your address").into_response();
+    };
     let limit = relay.limits.message_bytes;
     upgrade
         .max_message_size(limit)
@@ -316,6 +370,6 @@ fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>) -> Response {
         .on_upgrade(move |socket| {
             let stop = relay.stop.clone();
             let tracker = relay.connections.clone();
-            tracker.track_future(connection::serve(socket, relay, stop))
+            tracker.track_future(connection::serve(socket, relay, admitted, stop))
         })
 }

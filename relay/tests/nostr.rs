@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures_util::{SinkExt as _, StreamExt as _};
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
-use relay::{AnnounceEconomy, Config, Limits, Server};
+use relay::{AnnounceEconomy, Config, Limits, Rates, Server};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -17,8 +17,22 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 const PATIENCE: Duration = Duration::from_secs(20);
 
 fn start(limits: Limits) -> Server {
-    let listen = "127.0.0.1:0".parse().unwrap();
-    Server::bind(Config { listen, limits, announces: AnnounceEconomy::default(), routes: axum::Router::new() }).unwrap()
+    start_with(Config { limits, ..config() })
+}
+
+fn config() -> Config {
+    Config {
+        listen: "127.0.0.1:0".parse().unwrap(),
+        limits: Limits::default(),
+        rates: Rates::default(),
+        trusted_proxy_header: None,
+        announces: AnnounceEconomy::default(),
+        routes: axum::Router::new(),
+    }
+}
+
+fn start_with(config: Config) -> Server {
+    Server::bind(config).unwrap()
 }
 
 struct Client(WebSocketStream<MaybeTlsStream<TcpStream>>);
@@ -303,6 +317,51 @@ async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lo
         .map(|metric| metric.get_counter().get_value())
         .sum();
     assert!(dropped > 0.0, "18 MB fit nowhere");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn who_is_too_fast_is_told_so_and_others_go_on() {
+    let rates = Rates { messages: 20, ..Rates::default() };
+    let server = start_with(Config { rates, ..config() });
+    let mut calm = Client::connect(&server).await;
+    calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
+    let mut flood = Client::connect(&server).await;
+    let mut refused = 0;
+    for number in 0..200 {
+        flood.say(json!(["EVENT", event(20_001, "elsewhere", &number.to_string())])).await;
+        let answer = flood.hear().await;
+        if answer[2] == false {
+            assert!(answer[3].as_str().unwrap().starts_with("rate-limited:"), "{answer}");
+            refused += 1;
+        }
+    }
+    assert!((50..=100).contains(&refused), "{refused}");
+    flood.say(json!(["REQ", "s", { "kinds": [20_001] }])).await;
+    let answer = flood.hear().await;
+    assert!(answer[0] == "CLOSED" && answer[2].as_str().unwrap().starts_with("rate-limited:"), "{answer}");
+    let mut author = Client::connect(&server).await;
+    author.say(json!(["EVENT", event(20_001, "topic", "calmly")])).await;
+    assert_eq!(calm.hear().await[2]["content"], "calmly");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_address_behind_a_trusted_proxy_has_its_own_share_of_connections() {
+    let rates = Rates { address_connections: 2, ..Rates::default() };
+    let server = start_with(Config { rates, trusted_proxy_header: Some("X-Forwarded-For".into()), ..config() });
+    let connect = async |client: &str| {
+        use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
+        let mut request = format!("ws://{}/", server.address()).into_client_request().unwrap();
+        request.headers_mut().insert("x-forwarded-for", client.parse().unwrap());
+        tokio_tungstenite::connect_async(request).await.map(|(socket, _)| socket)
+    };
+    let _held = [connect("192.0.2.1").await.unwrap(), connect("10.0.0.1, 192.0.2.1").await.unwrap()];
+    match connect("192.0.2.1").await {
+        Err(Error::Http(answer)) => assert_eq!(answer.status(), 429),
+        other => panic!("{other:?}"),
+    }
+    connect("192.0.2.2").await.unwrap();
     server.shutdown().await;
 }
 

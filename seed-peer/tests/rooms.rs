@@ -18,6 +18,8 @@ fn relay_at(listen: SocketAddr) -> relay::Server {
     relay::Server::bind(relay::Config {
         listen,
         limits: relay::Limits::default(),
+        rates: relay::Rates::default(),
+        trusted_proxy_header: None,
         announces: relay::AnnounceEconomy::default(),
         routes: axum::Router::new(),
     })
