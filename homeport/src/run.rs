@@ -57,8 +57,10 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     } else {
         None
     };
+    let relay_key = settings.relay_key()?;
+    let own_seed = services.seed.then_some(&relay_key);
     let relay = if services.relay {
-        let server = relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes()))?;
+        let server = relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes(), own_seed)?)?;
         summary.relay = Some((server.address(), settings.relay.public_url.clone()));
         telemetry.push(server.telemetry().clone());
         Some(server)
@@ -67,7 +69,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     };
     let mut seed = if services.seed {
         let own_relay = relay.as_ref().map(|relay| own_url(relay.address()));
-        let server = seed_peer::Server::bind(settings.seed(own_relay)?)?;
+        let server = seed_peer::Server::bind(settings.seed(own_relay, relay_key)?)?;
         summary.seed = Some((server.address(), settings.seed.data.clone()));
         summary.rooms = settings.seed.room.iter().map(|room| room.name.clone()).collect();
         telemetry.push(server.telemetry().clone());

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use figment::providers::Serialized;
 use figment::value::Dict;
-use seed_peer::{Bounds, ExternalAddress};
+use seed_peer::{Bounds, ExternalAddress, RelayKey};
 use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
 use turn_server::{Credentials, ExternalIp};
@@ -38,6 +38,8 @@ pub(crate) struct RelaySettings {
     pub(crate) public_url: Option<String>,
     /// Who may use the relay.
     admission: Admission,
+    /// With `auth`, the public keys that may, in hex.
+    allowed_pubkeys: Vec<String>,
     /// Connections at a time.
     max_connections: usize,
     /// Bytes of one message.
@@ -111,6 +113,8 @@ pub(crate) struct SeedSettings {
     external_ip: Option<String>,
     /// Relays to meet peers through, besides our own.
     pub(crate) relays: Vec<String>,
+    /// The Nostr secret key that events to relays are signed with.
+    relay_key: Option<String>,
     /// The rooms to stay in.
     pub(crate) room: Vec<RoomSettings>,
     /// Links at a time.
@@ -175,6 +179,7 @@ impl Default for RelaySettings {
             listen: everywhere(8080),
             public_url: None,
             admission: Admission::Open,
+            allowed_pubkeys: Vec::new(),
             max_connections: limits.connections,
             max_message_bytes: limits.message_bytes,
             max_connections_per_address: rates.address_connections,
@@ -209,6 +214,7 @@ impl Default for SeedSettings {
             identity: None,
             external_ip: None,
             relays: Vec::new(),
+            relay_key: None,
             room: Vec::new(),
             max_links: 4_096,
             max_message_bytes: 64 << 20,
@@ -256,14 +262,14 @@ impl Settings {
     /// Refuses what this version cannot do: better than leaving it out in silence.
     fn check(&self) -> Result<(), SettingsError> {
         let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
-        if self.relay.admission != Admission::Open {
-            return not_yet("relay.admission (other than \"open\")");
-        }
         if self.seed.identity.is_some() {
             return not_yet("seed.identity");
         }
         if self.tls.is_some() {
             return not_yet("tls");
+        }
+        if self.relay.admission == Admission::Rooms && self.seed.room.is_empty() {
+            return Err(SettingsError::of("relay.admission", "\"rooms\" needs a [[seed.room]], or nobody is served"));
         }
         let mut names = std::collections::BTreeSet::new();
         for room in &self.seed.room {
@@ -292,8 +298,16 @@ impl Settings {
         Ok(())
     }
 
-    /// The relay's configuration; `routes` are pages besides its own.
-    pub(crate) fn relay(&self, routes: axum::Router) -> relay::Config {
+    /// The relay's configuration; `routes` are pages besides its own, `seed` is the key of the seed in this process.
+    pub(crate) fn relay(&self, routes: axum::Router, seed: Option<&RelayKey>) -> Result<relay::Config, SettingsError> {
+        let admission = match self.relay.admission {
+            Admission::Open => relay::Admission::Open,
+            Admission::Rooms => relay::Admission::Rooms(self.seed.room.iter().map(|room| room.name.clone()).collect()),
+            Admission::Auth => {
+                let listed = self.relay.allowed_pubkeys.iter().map(|text| public_key(text));
+                relay::Admission::Auth(listed.chain(seed.map(|key| Ok(key.public_key()))).collect::<Result<_, _>>()?)
+            }
+        };
         let limits = relay::Limits {
             connections: self.relay.max_connections,
             message_bytes: self.relay.max_message_bytes,
@@ -308,14 +322,16 @@ impl Settings {
             verifications: self.relay.verifications_per_second,
             address_connections: self.relay.max_connections_per_address,
         };
-        relay::Config {
+        Ok(relay::Config {
             listen: self.relay.listen,
             limits,
             rates,
             trusted_proxy_header: self.relay.trusted_proxy_header.clone(),
+            admission,
+            public_url: self.relay.public_url.clone(),
             announces,
             routes,
-        }
+        })
     }
 
     /// The TURN server's configuration.
@@ -346,8 +362,20 @@ impl Settings {
         text.parse().map_err(|error| SettingsError::of("turn.external_ip", error))
     }
 
+    /// The key that the seed signs its events to relays with: the one that is set, or a new one.
+    pub(crate) fn relay_key(&self) -> Result<RelayKey, SettingsError> {
+        match &self.seed.relay_key {
+            Some(text) => RelayKey::parse(text).map_err(|error| SettingsError::of("seed.relay_key", error)),
+            None => Ok(RelayKey::generate()),
+        }
+    }
+
     /// The seed's configuration, with `own_relay` in front of its relays.
-    pub(crate) fn seed(&self, own_relay: Option<String>) -> Result<seed_peer::Config, SettingsError> {
+    pub(crate) fn seed(
+        &self,
+        own_relay: Option<String>,
+        relay_key: RelayKey,
+    ) -> Result<seed_peer::Config, SettingsError> {
         let external = match &self.seed.external_ip {
             Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
             None => self.turn_external_ip()?,
@@ -363,6 +391,7 @@ impl Settings {
         });
         Ok(seed_peer::Config {
             listen: self.seed.listen,
+            relay_key,
             external,
             data: self.seed.data.clone(),
             relays: own_relay.into_iter().chain(self.seed.relays.iter().cloned()).collect(),
@@ -372,6 +401,14 @@ impl Settings {
             max_links: self.seed.max_links,
         })
     }
+}
+
+/// A public key as 64 digits of hex.
+fn public_key(text: &str) -> Result<[u8; 32], SettingsError> {
+    let mut key = [0; 32];
+    hex::decode_to_slice(text, &mut key)
+        .map(|()| key)
+        .map_err(|_| SettingsError::of("relay.allowed_pubkeys", format_args!("{text:?} is not 64 digits of hex")))
 }
 
 fn port_range(text: &str) -> Result<RangeInclusive<u16>, SettingsError> {
@@ -420,7 +457,7 @@ mod tests {
         let turn = settings.turn().unwrap();
         assert_eq!(turn.relay_ports, 50_000..=50_100);
         assert_eq!(turn.credentials.users["alice"], "password");
-        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into())).unwrap();
+        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap()).unwrap();
         assert_eq!(seed.relays, ["ws://127.0.0.1:9001/", "wss://relay.example.org"]);
         assert_eq!(seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(), ["my-app", "extra"]);
         // The seed stands behind the same mapping as TURN.
@@ -434,7 +471,9 @@ mod tests {
             ("[relay]\nlisten = 8080", "relay.listen"),
             ("[relay]\nlisten = \"8080\"", "relay.listen"),
             ("[relay]\nadmision = \"open\"", "relay.admission"),
-            ("[relay]\nadmission = \"rooms\"", "relay.admission"),
+            ("[relay]\nadmission = \"nobody\"", "relay.admission"),
+            ("[relay]\nadmission = \"auth\"\nallowed_pubkeys = [\"xyz\"]", "relay.allowed_pubkeys"),
+            ("[seed]\nrelay_key = \"xyz\"", "seed.relay_key"),
             ("[turn]\nrelay_ports = \"5000\"", "turn.relay_ports"),
             ("[turn]\nrelay_ports = \"6000-5000\"", "turn.relay_ports"),
             ("[turn]\nexternal_ip = \"example.com\"", "turn.external_ip"),
@@ -447,7 +486,12 @@ mod tests {
             ("[seeds]\ndata = \"x\"", "seed"),
         ] {
             let error = match of(text) {
-                Ok(settings) => settings.turn().map(|_| ()).map_err(|error| error.to_string()),
+                Ok(settings) => settings
+                    .turn()
+                    .and_then(|_| settings.relay_key())
+                    .and_then(|key| settings.relay(axum::Router::new(), Some(&key)))
+                    .map(|_| ())
+                    .map_err(|error| error.to_string()),
                 Err(error) => Err(error),
             };
             let message = error.unwrap_err();

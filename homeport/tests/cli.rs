@@ -1,8 +1,8 @@
 //! The binary as a person meets it: what it says when something is wrong, and how it ends.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
-use std::io::{BufRead as _, BufReader, Read as _};
-use std::net::{TcpListener, UdpSocket};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -129,6 +129,31 @@ fn a_wrong_setting_is_named_with_file_and_nearest_key() {
     let mut elsewhere = homeport(folder.path(), "up");
     elsewhere.args(["--config", "missing.toml"]);
     assert!(complaint(elsewhere).contains("missing.toml"));
+}
+
+#[test]
+fn a_relay_for_known_keys_knows_the_seed_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = homeport(folder.path(), "up");
+    command.args(["--room", "my-app"]).env("HOMEPORT_RELAY__ADMISSION", "auth");
+    let (mut child, summary) = started(command);
+    let address = summary.split("http://").last().unwrap().split('/').next().unwrap().to_owned();
+    let delivered = || {
+        let mut stream = TcpStream::connect(&address).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix("homeport_relay_deliveries_total ")).unwrap();
+        line.parse::<f64>().unwrap()
+    };
+    // The seed hears its own announces in both rooms: it was let in, and subscribed.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while delivered() < 2.0 {
+        assert!(Instant::now() < deadline, "the seed was not let in");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
 }
 
 #[test]

@@ -4,10 +4,12 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use futures_util::SinkExt as _;
+use rand::Rng as _;
+use rand::distr::Alphanumeric;
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
@@ -75,7 +77,14 @@ impl Outbox {
 }
 
 /// Serves one client until it leaves, misbehaves or `stop` is cancelled.
-pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, admitted: Admitted, stop: CancellationToken) {
+/// The client reached the relay under one of the names in `hosts`.
+pub(crate) async fn serve(
+    socket: WebSocket,
+    relay: Arc<Relay>,
+    admitted: Admitted,
+    hosts: Vec<String>,
+    stop: CancellationToken,
+) {
     relay.metrics.connections.inc();
     let (outbox, deliveries) = Outbox::new();
     let number = relay.new_connection();
@@ -85,6 +94,9 @@ pub(crate) async fn serve(socket: WebSocket, relay: Arc<Relay>, admitted: Admitt
         relay,
         number,
         admitted,
+        hosts,
+        challenge: rand::rng().sample_iter(Alphanumeric).take(32).map(char::from).collect(),
+        proven: None,
         limit,
         outbox,
         subscriptions: HashMap::new(),
@@ -141,6 +153,11 @@ struct Connection {
     /// Tells this connection from all others.
     number: u64,
     admitted: Admitted,
+    hosts: Vec<String>,
+    /// What the client must sign to prove a key (NIP-42).
+    challenge: String,
+    /// The key that the client has proven.
+    proven: Option<[u8; 32]>,
     limit: ConnectionLimit,
     outbox: Arc<Outbox>,
     subscriptions: HashMap<String, Arc<Subscription>>,
@@ -158,6 +175,11 @@ impl Connection {
         let mut replay = tokio::time::interval(REPLAY_INTERVAL);
         replay.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        if self.relay.gate.asks_for_proof()
+            && let ControlFlow::Break(end) = self.send_text(relay_message::auth(&self.challenge)).await
+        {
+            return end;
+        }
         loop {
             let step = tokio::select! {
                 message = self.socket.recv() => {
@@ -203,6 +225,7 @@ impl Connection {
                         self.unsubscribe(&subscription);
                         ControlFlow::Continue(())
                     }
+                    ClientMessage::Auth { event } => self.prove(&event).await,
                 }
             }
             Err(MessageError::Event { id: Some(id), reason }) => {
@@ -218,7 +241,7 @@ impl Connection {
         const REASON: &str = "rate-limited: too many messages, slow down";
         self.relay.metrics.rate_limit_hits.with_label_values(&["messages"]).inc();
         match message {
-            ClientMessage::Event { event, .. } => {
+            ClientMessage::Event { event, .. } | ClientMessage::Auth { event } => {
                 self.send_text(relay_message::ok(&hex::encode(event.id), false, REASON)).await
             }
             ClientMessage::Req { subscription, .. } => {
@@ -243,6 +266,9 @@ impl Connection {
     }
 
     async fn publish(&mut self, event: &Event<'_>, raw: &str) -> ControlFlow<End> {
+        if let Err(reason) = self.relay.gate.admits_client(self.proven.as_ref()) {
+            return self.send_text(relay_message::ok(&hex::encode(event.id), false, &reason.to_string())).await;
+        }
         let may_join = self.joined.len() < MAX_JOINED;
         let (accepted, reason) = match self.relay.publish(event, raw, self.admitted.origin(), self.number, may_join) {
             Ok((accepted, joined)) => {
@@ -251,6 +277,21 @@ impl Connection {
             }
             Err(refusal) => (false, refusal.to_string()),
         };
+        self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await
+    }
+
+    /// Takes a client's proof of its key (NIP-42).
+    async fn prove(&mut self, event: &Event<'_>) -> ControlFlow<End> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let verdict = match self.relay.verify(event, self.admitted.origin()) {
+            Ok(()) => self.relay.gate.accepts_proof(event, &self.challenge, &self.hosts, now).map_err(str::to_owned),
+            Err(refusal) => Err(refusal.to_string()),
+        };
+        if verdict.is_ok() {
+            self.proven = Some(event.pubkey);
+        }
+        let accepted = verdict.is_ok();
+        let reason = verdict.err().unwrap_or_default();
         self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await
     }
 
@@ -309,6 +350,7 @@ impl Connection {
     }
 
     fn accept_filters(&self, filters: &[&str]) -> Result<Vec<Filter>, String> {
+        self.relay.gate.admits_client(self.proven.as_ref()).map_err(|reason| reason.to_string())?;
         let limits = &self.relay.limits;
         if self.subscriptions.len() >= limits.subscriptions {
             return Err(format!("rate-limited: {} subscriptions per connection at most", limits.subscriptions));

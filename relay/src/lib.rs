@@ -1,6 +1,7 @@
 //! A Nostr relay made for signalling: ephemeral events go straight to whoever subscribed to them, through an
 //! index by kind, tag and value, and are never stored (NIP-01, NIP-11).
 
+mod admission;
 mod connection;
 mod event;
 mod filter;
@@ -13,6 +14,7 @@ mod recent;
 mod server;
 mod subscriptions;
 
+pub use admission::Admission;
 pub use limits::Rates;
 pub use presence::AnnounceEconomy;
 pub use server::{Config, Limits, Server, StartError};

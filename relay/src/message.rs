@@ -13,6 +13,8 @@ pub(crate) enum ClientMessage<'a> {
     Req { subscription: String, filters: Vec<&'a str> },
     /// End a subscription.
     Close { subscription: String },
+    /// Prove who one is (NIP-42).
+    Auth { event: Box<Event<'a>> },
 }
 
 /// A message cannot be understood; the text goes to the client.
@@ -37,19 +39,14 @@ impl<'a> ClientMessage<'a> {
         let parts: Vec<&'a RawValue> = serde_json::from_str(text).map_err(|_| MessageError::Malformed)?;
         let (verb, rest) = parts.split_first().ok_or(MessageError::Malformed)?;
         match (verb.get(), rest) {
-            (r#""EVENT""#, [event]) => {
-                let raw = event.get();
-                match serde_json::from_str(raw) {
-                    Ok(event) => Ok(Self::Event { event: Box::new(event), raw }),
-                    Err(error) => Err(MessageError::Event { id: event_id(raw), reason: without_position(&error) }),
-                }
-            }
+            (r#""EVENT""#, [event]) => Ok(Self::Event { event: parse_event(event)?, raw: event.get() }),
+            (r#""AUTH""#, [event]) => Ok(Self::Auth { event: parse_event(event)? }),
             (r#""REQ""#, [subscription, filters @ ..]) if !filters.is_empty() => Ok(Self::Req {
                 subscription: subscription_id(subscription)?,
                 filters: filters.iter().map(|filter| filter.get()).collect(),
             }),
             (r#""CLOSE""#, [subscription]) => Ok(Self::Close { subscription: subscription_id(subscription)? }),
-            (r#""EVENT""# | r#""REQ""# | r#""CLOSE""#, _) => Err(MessageError::Malformed),
+            (r#""EVENT""# | r#""REQ""# | r#""CLOSE""# | r#""AUTH""#, _) => Err(MessageError::Malformed),
             (verb, _) if verb.starts_with('"') => Err(MessageError::UnknownVerb),
             _ => Err(MessageError::Malformed),
         }
@@ -61,8 +58,16 @@ impl<'a> ClientMessage<'a> {
             Self::Event { .. } => "EVENT",
             Self::Req { .. } => "REQ",
             Self::Close { .. } => "CLOSE",
+            Self::Auth { .. } => "AUTH",
         }
     }
+}
+
+fn parse_event(raw: &RawValue) -> Result<Box<Event<'_>>, MessageError> {
+    let raw = raw.get();
+    serde_json::from_str(raw)
+        .map(Box::new)
+        .map_err(|error| MessageError::Event { id: event_id(raw), reason: without_position(&error) })
 }
 
 fn subscription_id(raw: &RawValue) -> Result<String, MessageError> {
@@ -98,6 +103,10 @@ pub(crate) mod relay_message {
 
     pub(crate) fn closed(subscription: &str, reason: &str) -> String {
         json!(["CLOSED", subscription, reason]).to_string()
+    }
+
+    pub(crate) fn auth(challenge: &str) -> String {
+        json!(["AUTH", challenge]).to_string()
     }
 
     pub(crate) fn notice(text: &str) -> String {

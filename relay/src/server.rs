@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::admission::{self, Admission, Gate, NotAdmitted};
 use crate::connection;
 use crate::event::{Event, VerifyError};
 use crate::information;
@@ -74,6 +75,10 @@ pub struct Config {
     /// The header in which a trusted proxy says who the client is, such as `x-forwarded-for`. Without it, the address
     /// of the connection counts, and loopback is spared: everybody may come from there.
     pub trusted_proxy_header: Option<String>,
+    /// Whom to serve.
+    pub admission: Admission,
+    /// The relay's address for clients, if it is not the one they connect to; with NIP-42 they name it.
+    pub public_url: Option<String>,
     /// How often announces are passed on.
     pub announces: AnnounceEconomy,
     /// Other pages to serve on the same port, such as `/client-config.json`.
@@ -125,6 +130,8 @@ impl Server {
             rates: config.rates,
             addresses: Arc::new(AddressLimits::new(&config.rates, proxy_header.is_none())),
             proxy_header,
+            gate: Gate::new(config.admission),
+            public_host: config.public_url.as_deref().and_then(admission::host_of).map(str::to_owned),
             subscriptions: Subscriptions::default(),
             presence: Presence::new(config.announces, Instant::now()),
             recent: RecentIds::default(),
@@ -181,6 +188,9 @@ pub(crate) struct Relay {
     pub(crate) rates: Rates,
     addresses: Arc<AddressLimits>,
     proxy_header: Option<HeaderName>,
+    pub(crate) gate: Gate,
+    /// Host and port of the public address.
+    public_host: Option<String>,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) presence: Presence,
     recent: RecentIds,
@@ -197,6 +207,8 @@ pub(crate) enum Refusal {
     NotEphemeral,
     #[error("invalid: too many tags")]
     TooManyTags,
+    #[error(transparent)]
+    NotAdmitted(NotAdmitted),
     #[error("rate-limited: too many events from your address, slow down")]
     TooFast,
     #[error("invalid: {0}")]
@@ -255,8 +267,10 @@ impl Relay {
         if !self.recent.insert(event.id) {
             return Ok((Accepted::Duplicate, None));
         }
+        let now = Instant::now();
+        self.gate.learn(event, now);
         let raw: Arc<str> = raw.into();
-        let (audience, joined) = self.presence.hear(event, &raw, connection, may_join, Instant::now());
+        let (audience, joined) = self.presence.hear(event, &raw, connection, may_join, now);
         let (subscriptions, held_back) = self.subscriptions.matching(event, audience);
         for subscription in &subscriptions {
             if !subscription.outbox.deliver(subscription, &raw) {
@@ -276,25 +290,34 @@ impl Relay {
         self.metrics.present.set(i64::try_from(self.presence.len()).unwrap_or(i64::MAX));
     }
 
+    /// Checks id and signature of an event, if its origin has not asked for that too often.
+    pub(crate) fn verify(&self, event: &Event<'_>, origin: Origin) -> Result<(), Refusal> {
+        if !self.addresses.allows_verification(origin) {
+            self.metrics.rate_limit_hits.with_label_values(&["verifications"]).inc();
+            return Err(Refusal::TooFast);
+        }
+        let start = Instant::now();
+        let verified = event.verify();
+        self.metrics.verification_seconds.observe(start.elapsed().as_secs_f64());
+        verified.map_err(Refusal::Unverified)
+    }
+
     /// Whether an event is one for this relay; limits come before the signature, which costs most.
     fn check(&self, event: &Event<'_>, origin: Origin) -> Result<(), Refusal> {
         let result = if !event.is_ephemeral() {
             Err(Refusal::NotEphemeral)
+        } else if let Err(reason) = self.gate.admits_event(event, Instant::now()) {
+            Err(Refusal::NotAdmitted(reason))
         } else if event.tags.len() > self.limits.event_tags {
             Err(Refusal::TooManyTags)
-        } else if !self.addresses.allows_verification(origin) {
-            self.metrics.rate_limit_hits.with_label_values(&["verifications"]).inc();
-            Err(Refusal::TooFast)
         } else {
-            let start = Instant::now();
-            let verified = event.verify();
-            self.metrics.verification_seconds.observe(start.elapsed().as_secs_f64());
-            verified.map_err(Refusal::Unverified)
+            self.verify(event, origin)
         };
         let label = match result {
             Ok(()) => "accepted",
             Err(Refusal::NotEphemeral) => "not_ephemeral",
             Err(Refusal::TooManyTags) => "too_many_tags",
+            Err(Refusal::NotAdmitted(_)) => "not_admitted",
             Err(Refusal::TooFast) => "rate_limited",
             Err(Refusal::Unverified(VerifyError::Id)) => "wrong_id",
             Err(Refusal::Unverified(VerifyError::Signature)) => "wrong_signature",
@@ -318,7 +341,9 @@ async fn root(
 ) -> Response {
     if let Ok(upgrade) = upgrade {
         let origin = relay.origin(address, &headers);
-        return accept(upgrade, relay, origin);
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).map(str::to_owned);
+        let hosts = relay.public_host.iter().cloned().chain(host).collect();
+        return accept(upgrade, relay, origin, hosts);
     }
     let accepts = |kind: &str| {
         headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).is_some_and(|value| value.contains(kind))
@@ -330,7 +355,7 @@ async fn root(
             (header::ACCESS_CONTROL_ALLOW_HEADERS, "*"),
             (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
         ];
-        return (headers, information::document(&relay.limits).to_string()).into_response();
+        return (headers, information::document(&relay.limits, &relay.gate).to_string()).into_response();
     }
     Html(include_str!("page.html")).into_response()
 }
@@ -351,7 +376,7 @@ async fn tidy(addresses: Arc<AddressLimits>, stop: CancellationToken) {
     }
 }
 
-fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>, origin: Origin) -> Response {
+fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>, origin: Origin, hosts: Vec<String>) -> Response {
     if relay.connections.len() >= relay.limits.connections {
         relay.metrics.disconnects.with_label_values(&["full"]).inc();
         return (StatusCode::SERVICE_UNAVAILABLE, "too many connections").into_response();
@@ -370,6 +395,6 @@ fn accept(upgrade: WebSocketUpgrade, relay: Arc<Relay>, origin: Origin) -> Respo
         .on_upgrade(move |socket| {
             let stop = relay.stop.clone();
             let tracker = relay.connections.clone();
-            tracker.track_future(connection::serve(socket, relay, admitted, stop))
+            tracker.track_future(connection::serve(socket, relay, admitted, hosts, stop))
         })
 }

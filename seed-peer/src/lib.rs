@@ -7,10 +7,12 @@ mod link;
 mod links;
 mod mesh;
 mod metrics;
+mod relay_key;
 mod room;
 mod server;
 mod signalling;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, OpenError};
+pub use relay_key::{RelayKey, RelayKeyError};
 pub use server::{Config, RoomConfig, Server, StartError};

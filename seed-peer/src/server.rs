@@ -20,6 +20,7 @@ use crate::archive::{Archive, Bounds, OpenError, Opened};
 use crate::links::{LinkSocket, Links};
 use crate::mesh::{Mesh, MeshRoom, Parts};
 use crate::metrics::Metrics;
+use crate::relay_key::RelayKey;
 use crate::room::RoomPeer;
 use crate::signalling::{Listening, Signalling};
 
@@ -54,6 +55,8 @@ pub struct Config {
     pub data: PathBuf,
     /// The relays to meet peers through, as `ws://` or `wss://` addresses.
     pub relays: Vec<String>,
+    /// The key that events to relays are signed with.
+    pub relay_key: RelayKey,
     /// The rooms to stay in.
     pub rooms: Vec<RoomConfig>,
     /// What the archive takes.
@@ -145,6 +148,7 @@ impl Server {
         let (heard_sender, heard) = mpsc::channel(HEARD_QUEUE);
         let signalling = Signalling::start(
             config.relays,
+            config.relay_key,
             listening.collect(),
             heard_sender,
             connector,
@@ -212,9 +216,12 @@ impl Server {
     }
 }
 
+/// A new id, great among its kind: of two offers that cross, that of the greater id stands, and only offers tell
+/// clients that the seed is a superpeer (wire §2).
 fn new_peer_id() -> PeerId {
     let mut random = rand::rng();
-    PeerId::generate(|range| random.random_range(range))
+    let mut first = true;
+    PeerId::generate(|range| if std::mem::take(&mut first) { range.end - 1 } else { random.random_range(range) })
 }
 
 /// TLS towards `wss://` relays, with the system's roots.

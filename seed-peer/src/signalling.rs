@@ -7,8 +7,6 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use genosdb::{Signal, Topic};
-use nostr::event::FinalizeEvent as _;
-use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
 use rand::Rng as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -21,6 +19,7 @@ use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
 use crate::metrics::Metrics;
+use crate::relay_key::RelayKey;
 
 /// Events that wait for one relay, at most.
 const QUEUE: usize = 512;
@@ -66,7 +65,7 @@ pub(crate) enum Heard {
 
 /// The relays, from the side that speaks.
 pub(crate) struct Signalling {
-    keys: Keys,
+    key: RelayKey,
     relays: Vec<mpsc::Sender<Utf8Bytes>>,
     tasks: Vec<JoinHandle<()>>,
     metrics: Metrics,
@@ -76,6 +75,7 @@ impl Signalling {
     /// Connects to every relay, and stays connected.
     pub(crate) fn start(
         urls: Vec<String>,
+        key: RelayKey,
         listening: Vec<Listening>,
         heard: mpsc::Sender<Heard>,
         connector: Connector,
@@ -94,6 +94,7 @@ impl Signalling {
             let relay = Relay {
                 index: RelayIndex(index),
                 url,
+                key: key.clone(),
                 listening: Arc::clone(&listening),
                 by_topic: Arc::clone(&by_topic),
                 heard: heard.clone(),
@@ -103,18 +104,15 @@ impl Signalling {
             };
             tasks.push(tokio::spawn(relay.run(outgoing)));
         }
-        Self { keys: Keys::generate(), relays, tasks, metrics }
+        Self { key, relays, tasks, metrics }
     }
 
     /// Publishes `signal` under `topic`, on one relay or on all.
     pub(crate) fn publish(&self, to: Option<RelayIndex>, topic: &Topic, signal: &Signal) {
-        let Ok(tag) = Tag::parse(["x", topic.as_str()]) else { return };
-        let event = match EventBuilder::new(Kind::from(topic.kind()), signal.to_content()).tag(tag).finalize(&self.keys)
-        {
-            Ok(event) => event,
+        let text = match self.key.event_message(topic.kind(), topic.as_str(), &signal.to_content()) {
+            Ok(text) => Utf8Bytes::from(text),
             Err(error) => return tracing::error!(%error, "an event could not be signed"),
         };
-        let text = Utf8Bytes::from(serde_json::json!(["EVENT", event]).to_string());
         let all = self.relays.iter().enumerate();
         for (_, relay) in all.filter(|(index, _)| to.is_none_or(|to| to.0 == *index)) {
             if relay.try_send(text.clone()).is_err() {
@@ -139,6 +137,7 @@ impl Signalling {
 struct Relay {
     index: RelayIndex,
     url: String,
+    key: RelayKey,
     listening: Arc<Vec<Listening>>,
     by_topic: Arc<HashMap<String, usize>>,
     heard: mpsc::Sender<Heard>,
@@ -243,6 +242,9 @@ impl Relay {
                 message = socket.next() => {
                     last_heard = Instant::now();
                     match message {
+                        Some(Ok(Message::Text(text))) if text.starts_with(r#"["AUTH""#) => {
+                            self.prove(&mut socket, &text).await
+                        }
                         Some(Ok(Message::Text(text))) => {
                             if let Some(heard) = self.understand(&text)
                                 && self.heard.send(heard).await.is_err()
@@ -289,6 +291,19 @@ impl Relay {
             next = outgoing.try_recv().ok();
         }
         socket.flush().await
+    }
+
+    /// Answers a relay that asks who is there (NIP-42). What was asked before was refused: it is asked again.
+    async fn prove(&self, socket: &mut Socket, text: &str) -> Result<(), Error> {
+        let Ok((_, challenge)) = serde_json::from_str::<(&str, String)>(text) else { return Ok(()) };
+        match self.key.auth_message(&self.url, &challenge) {
+            Ok(proof) => socket.send(Message::text(proof)).await?,
+            Err(error) => tracing::error!(%error, "a proof could not be signed"),
+        }
+        self.subscribe(socket).await?;
+        // The announce that was refused meanwhile is said again. A mesh that is gone no longer cares.
+        let _ = self.heard.send(Heard::Reached).await;
+        Ok(())
     }
 
     async fn subscribe(&self, socket: &mut Socket) -> Result<(), Error> {

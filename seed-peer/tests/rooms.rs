@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use genosdb::{MemoryGraph, Operation};
-use seed_peer::{Bounds, Config, RoomConfig, Server};
+use seed_peer::{Bounds, Config, RelayKey, RoomConfig, Server};
 use support::{Client, PATIENCE, View, new_id};
 
 fn relay() -> relay::Server {
@@ -15,11 +15,17 @@ fn relay() -> relay::Server {
 }
 
 fn relay_at(listen: SocketAddr) -> relay::Server {
+    relay_with(listen, relay::Admission::Open)
+}
+
+fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
     relay::Server::bind(relay::Config {
         listen,
+        admission,
         limits: relay::Limits::default(),
         rates: relay::Rates::default(),
         trusted_proxy_header: None,
+        public_url: None,
         announces: relay::AnnounceEconomy::default(),
         routes: axum::Router::new(),
     })
@@ -31,7 +37,12 @@ fn url(relay: &relay::Server) -> String {
 }
 
 fn seed(relays: &[&str], data: &Path) -> Server {
+    seed_with(relays, data, RelayKey::generate())
+}
+
+fn seed_with(relays: &[&str], data: &Path, relay_key: RelayKey) -> Server {
     Server::bind(Config {
+        relay_key,
         listen: "127.0.0.1:0".parse().unwrap(),
         external: None,
         data: data.to_owned(),
@@ -207,6 +218,28 @@ async fn relays_that_come_back_are_joined_again() {
     seed.shutdown().await;
     first.shutdown().await;
     second.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_relay_that_asks_for_proof_gets_it() {
+    let key = RelayKey::generate();
+    let admission = relay::Admission::Auth([key.public_key()].into());
+    let closed = relay_with("127.0.0.1:0".parse().unwrap(), admission);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_with(&[&url(&closed)], data.path(), key);
+    // Its announces are accepted: one in each of the two rooms of two databases.
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let accepted = || -> f64 {
+        let families = closed.telemetry().registry.gather();
+        let events = families.iter().filter(|family| family.name() == "homeport_relay_deliveries_total");
+        events.flat_map(|family| family.get_metric()).map(|metric| metric.get_counter().get_value()).sum()
+    };
+    while accepted() < 4.0 {
+        assert!(tokio::time::Instant::now() < deadline, "{}", accepted());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    seed.shutdown().await;
+    closed.shutdown().await;
 }
 
 #[tokio::test]
