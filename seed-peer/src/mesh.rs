@@ -180,7 +180,7 @@ impl Mesh {
                 let peer = signal.peer();
                 if let Some(said) = self.said(room, signal, to_self) {
                     let mut actions = Vec::new();
-                    self.rooms[room].peer.handle(peer, said, relay, &mut actions);
+                    self.rooms[room].peer.handle(peer, said, relay, now, &mut actions);
                     self.act(now, room, actions);
                 }
             }

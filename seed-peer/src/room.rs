@@ -13,6 +13,9 @@ const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(2_500);
 /// How long an offer of ours waits for its link. Browsers gather candidates for up to 5 s before they answer. Clients
 /// keep theirs for 57 s, but a peer that reloads within that time would find us deaf.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long two offers may be on their way at once. A client gathers candidates for up to 5 s, so a later offer is no
+/// longer one that crossed ours: the peer never saw ours, or has been reloaded since.
+const CROSSING: Duration = Duration::from_secs(8);
 /// How long an answer of ours waits for its link.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Offers of one peer that are answered at the same time: one by each of its relays, and one after a reload.
@@ -156,14 +159,21 @@ impl RoomPeer {
     }
 
     /// A peer said something through a relay.
-    pub(crate) fn handle(&mut self, peer: PeerId, said: Said, relay: RelayIndex, actions: &mut Vec<Action>) {
+    pub(crate) fn handle(
+        &mut self,
+        peer: PeerId,
+        said: Said,
+        relay: RelayIndex,
+        now: Instant,
+        actions: &mut Vec<Action>,
+    ) {
         if peer == self.id {
             return;
         }
         match said {
             Said::Announce => self.announced(peer, relay, actions),
             Said::Bye => self.bye(peer, actions),
-            Said::Offer { sdp } => self.offered(peer, relay, sdp, actions),
+            Said::Offer { sdp } => self.offered(peer, relay, sdp, now, actions),
             Said::Answer { sdp } => {
                 if let Some((link, _)) = self.peers.get(&peer).and_then(|known| known.dialling) {
                     actions.push(Action::Complete { peer, link, sdp });
@@ -180,15 +190,15 @@ impl RoomPeer {
         }
     }
 
-    fn offered(&mut self, peer: PeerId, relay: RelayIndex, sdp: String, actions: &mut Vec<Action>) {
+    fn offered(&mut self, peer: PeerId, relay: RelayIndex, sdp: String, now: Instant, actions: &mut Vec<Action>) {
         if !self.has_room(peer) {
             return;
         }
         let us = self.id;
         let known = self.peers.entry(peer).or_default();
-        if let Some((link, _)) = known.dialling {
+        if let Some((link, since)) = known.dialling {
             // Both dialled: the offer of the greater id stands.
-            if us > peer {
+            if us > peer && now < since + CROSSING {
                 return;
             }
             known.dialling = None;
@@ -291,7 +301,7 @@ mod tests {
 
     fn hear(room: &mut RoomPeer, peer: PeerId, said: Said) -> Vec<Action> {
         let mut actions = Vec::new();
-        room.handle(peer, said, RELAY, &mut actions);
+        room.handle(peer, said, RELAY, room.next_announce, &mut actions);
         actions
     }
 
@@ -324,6 +334,10 @@ mod tests {
         let (mut greater, now) = room('z');
         greater.dialled(id('a'), 1, now);
         assert_eq!(hear(&mut greater, id('a'), offer()), []);
+        // Later, it is not one that crossed: ours was lost.
+        let mut actions = Vec::new();
+        greater.handle(id('a'), offer(), RELAY, now + CROSSING, &mut actions);
+        assert!(matches!(actions[..], [Action::Drop { link: 1, .. }, Action::Accept { .. }]));
 
         let (mut lesser, now) = room('A');
         lesser.dialled(id('a'), 1, now);
