@@ -60,7 +60,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let relay_key = settings.relay_key()?;
     let own_seed = services.seed.then_some(&relay_key);
     let relay = if services.relay {
-        let server = relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes(), own_seed)?)?;
+        let server =
+            relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes(), own_seed)?).await?;
         summary.relay = Some((server.address(), settings.relay.public_url.clone()));
         telemetry.push(server.telemetry().clone());
         Some(server)

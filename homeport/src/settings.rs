@@ -52,6 +52,12 @@ pub(crate) struct RelaySettings {
     verifications_per_second: u32,
     /// The header in which a trusted proxy says who the client is.
     trusted_proxy_header: Option<String>,
+    /// Whether events that are not ephemeral are kept.
+    store: bool,
+    /// Bytes that they may take.
+    store_max_bytes: usize,
+    /// Leading zero bits that an event's id must have.
+    min_pow_difficulty: u32,
     /// Announces a second that one subscriber gets per topic; 0 passes every one on.
     announce_budget: u32,
     /// The longest time between two announces of one peer to one subscriber.
@@ -186,6 +192,9 @@ impl Default for RelaySettings {
             messages_per_second: rates.messages,
             verifications_per_second: rates.verifications,
             trusted_proxy_header: None,
+            store: false,
+            store_max_bytes: 1 << 30,
+            min_pow_difficulty: 0,
             announce_budget: announces.budget,
             announce_max_interval_seconds: announces.max_interval.as_secs(),
         }
@@ -311,6 +320,7 @@ impl Settings {
         let limits = relay::Limits {
             connections: self.relay.max_connections,
             message_bytes: self.relay.max_message_bytes,
+            difficulty: self.relay.min_pow_difficulty,
             ..relay::Limits::default()
         };
         let announces = relay::AnnounceEconomy {
@@ -327,6 +337,10 @@ impl Settings {
             limits,
             rates,
             trusted_proxy_header: self.relay.trusted_proxy_header.clone(),
+            store: self.relay.store.then(|| relay::StoreConfig {
+                folder: self.seed.data.join("events"),
+                max_bytes: self.relay.store_max_bytes,
+            }),
             admission,
             public_url: self.relay.public_url.clone(),
             announces,

@@ -19,7 +19,7 @@ use crate::filter::{Filter, FilterError};
 use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
 use crate::presence::PresentKey;
-use crate::server::Relay;
+use crate::server::{Publisher, Refusal, Relay};
 use crate::subscriptions::Subscription;
 
 /// Events that wait for one client, at most.
@@ -226,6 +226,7 @@ impl Connection {
                         ControlFlow::Continue(())
                     }
                     ClientMessage::Auth { event } => self.prove(&event).await,
+                    ClientMessage::Count { query, filters } => self.count(&query, &filters).await,
                 }
             }
             Err(MessageError::Event { id: Some(id), reason }) => {
@@ -244,7 +245,7 @@ impl Connection {
             ClientMessage::Event { event, .. } | ClientMessage::Auth { event } => {
                 self.send_text(relay_message::ok(&hex::encode(event.id), false, REASON)).await
             }
-            ClientMessage::Req { subscription, .. } => {
+            ClientMessage::Req { subscription, .. } | ClientMessage::Count { query: subscription, .. } => {
                 self.send_text(relay_message::closed(&subscription, REASON)).await
             }
             // Ending a subscription lightens the load.
@@ -269,13 +270,24 @@ impl Connection {
         if let Err(reason) = self.relay.gate.admits_client(self.proven.as_ref()) {
             return self.send_text(relay_message::ok(&hex::encode(event.id), false, &reason.to_string())).await;
         }
-        let may_join = self.joined.len() < MAX_JOINED;
-        let (accepted, reason) = match self.relay.publish(event, raw, self.admitted.origin(), self.number, may_join) {
+        let client = Publisher {
+            origin: self.admitted.origin(),
+            connection: self.number,
+            proven: self.proven.as_ref(),
+            may_join: self.joined.len() < MAX_JOINED,
+        };
+        let (accepted, reason) = match self.relay.publish(event, raw, client).await {
             Ok((accepted, joined)) => {
                 self.joined.extend(joined);
                 (true, accepted.reason().to_owned())
             }
-            Err(refusal) => (false, refusal.to_string()),
+            Err(refusal) => {
+                if refusal == Refusal::Protected {
+                    // Now the client knows what to sign to prove its key.
+                    self.send_text(relay_message::auth(&self.challenge)).await?;
+                }
+                (false, refusal.to_string())
+            }
         };
         self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await
     }
@@ -299,17 +311,63 @@ impl Connection {
         // A REQ under an id in use replaces that subscription (NIP-01), also when it is refused.
         self.unsubscribe(&id);
         match self.accept_filters(filters) {
-            Ok(filters) => {
+            Ok(accepted) => {
+                let stored: Vec<&str> = accepted
+                    .iter()
+                    .zip(filters)
+                    .filter(|(filter, _)| filter.asks_for_stored())
+                    .map(|(_, raw)| *raw)
+                    .collect();
+                let filters = accepted;
                 let subscription = self.relay.subscriptions.add(&id, filters, Arc::clone(&self.outbox));
                 self.relay.metrics.subscriptions.inc();
                 let eose = relay_message::eose(&id);
                 self.queue_replays(&subscription);
-                self.subscriptions.insert(id, subscription);
-                // Nothing is stored: what was stored has been sent.
+                self.subscriptions.insert(id, Arc::clone(&subscription));
+                // What is published from now on waits in the queue behind what is stored.
+                self.send_stored(&subscription, &stored).await?;
                 self.send_text(eose).await?;
                 self.replay().await
             }
             Err(reason) => self.send_text(relay_message::closed(&id, &reason)).await,
+        }
+    }
+
+    /// Sends the stored events that a new subscription asks for, each once, newest first for each filter.
+    async fn send_stored(&mut self, subscription: &Arc<Subscription>, filters: &[&str]) -> ControlFlow<End> {
+        let relay = Arc::clone(&self.relay);
+        let Some(store) = &relay.store else { return ControlFlow::Continue(()) };
+        let mut sent = HashSet::new();
+        for filter in filters {
+            for event in store.query(filter, relay.limits.stored_events).await {
+                if sent.insert(event.id) {
+                    let text = format!("{}{}]", subscription.prefix, serde_json::json!(event));
+                    self.send_text(text).await?;
+                }
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// Counts stored events (NIP-45); of several filters, the counts are added.
+    async fn count(&mut self, query: &str, filters: &[&str]) -> ControlFlow<End> {
+        let counted = match (self.accept_filters(filters), &self.relay.store) {
+            (Err(reason), _) => Err(reason),
+            (Ok(_), None) => Err("unsupported: this relay stores nothing that could be counted".to_owned()),
+            (Ok(_), Some(store)) => {
+                let mut total = Ok(0);
+                for filter in filters {
+                    total = match (total, store.count(filter).await) {
+                        (Ok(total), Some(count)) => Ok(total + count),
+                        _ => Err("error: the store does not answer".to_owned()),
+                    };
+                }
+                total
+            }
+        };
+        match counted {
+            Ok(count) => self.send_text(relay_message::count(query, count)).await,
+            Err(reason) => self.send_text(relay_message::closed(query, &reason)).await,
         }
     }
 

@@ -39,6 +39,18 @@ impl Event<'_> {
         (20_000..30_000).contains(&self.kind)
     }
 
+    /// Whether only its author may publish the event (NIP-70).
+    pub(crate) fn is_protected(&self) -> bool {
+        self.tags.iter().any(|tag| matches!(tag.as_slice(), [name] if name == "-"))
+    }
+
+    /// How many leading bits of the id are zero (NIP-13).
+    pub(crate) fn difficulty(&self) -> u32 {
+        let zeros = self.id.iter().take_while(|byte| **byte == 0).count();
+        let rest = self.id.get(zeros).map_or(0, |byte| byte.leading_zeros());
+        u32::try_from(8 * zeros).unwrap_or(u32::MAX) + rest
+    }
+
     /// The tags that filters can name: one letter, and a value.
     pub(crate) fn letter_tags(&self) -> impl Iterator<Item = (u8, &str)> {
         self.tags.iter().filter_map(|tag| match tag.as_slice() {
@@ -145,6 +157,17 @@ mod tests {
         for (name, event) in events.as_object().unwrap() {
             let json = event.to_string();
             assert_eq!(serde_json::from_str::<Event<'_>>(&json).unwrap().verify(), Ok(()), "{name}");
+        }
+    }
+
+    #[test]
+    fn difficulty_counts_leading_zero_bits() {
+        let json = signed("x");
+        let mut event: Event<'_> = serde_json::from_str(&json).unwrap();
+        for (start, expected) in [(&[0x80][..], 0), (&[0x01], 7), (&[0, 0x10], 11), (&[0; 32], 256)] {
+            event.id = [0xff; 32];
+            event.id[..start.len()].copy_from_slice(start);
+            assert_eq!(event.difficulty(), expected);
         }
     }
 

@@ -20,7 +20,7 @@ pub(crate) struct Filter {
     pub(crate) tags: BTreeMap<u8, BTreeSet<Box<str>>>,
     pub(crate) since: Option<u64>,
     pub(crate) until: Option<u64>,
-    /// Only for stored events, of which there are none.
+    /// Only for stored events.
     pub(crate) limit: Option<u64>,
 }
 
@@ -69,14 +69,21 @@ impl Filter {
         Ok(filter)
     }
 
-    /// Whether an ephemeral event passes, which [`CLOCK_SKEW_SECONDS`] of difference between clocks do not hinder.
+    /// Whether a stored event could pass.
+    pub(crate) fn asks_for_stored(&self) -> bool {
+        let storable = |kinds: &BTreeSet<u16>| kinds.iter().any(|kind| !(20_000..30_000).contains(kind));
+        self.kinds.as_ref().is_none_or(storable) && self.limit != Some(0)
+    }
+
+    /// Whether an event passes. [`CLOCK_SKEW_SECONDS`] of difference between clocks do not hinder ephemeral ones.
     pub(crate) fn matches(&self, event: &Event<'_>) -> bool {
+        let skew = if event.is_ephemeral() { CLOCK_SKEW_SECONDS } else { 0 };
         let listed = |list: &Option<BTreeSet<[u8; 32]>>, one| list.as_ref().is_none_or(|list| list.contains(one));
         listed(&self.ids, &event.id)
             && listed(&self.authors, &event.pubkey)
             && self.kinds.as_ref().is_none_or(|kinds| kinds.contains(&event.kind))
-            && self.since.is_none_or(|since| event.created_at.saturating_add(CLOCK_SKEW_SECONDS) >= since)
-            && self.until.is_none_or(|until| event.created_at <= until.saturating_add(CLOCK_SKEW_SECONDS))
+            && self.since.is_none_or(|since| event.created_at.saturating_add(skew) >= since)
+            && self.until.is_none_or(|until| event.created_at <= until.saturating_add(skew))
             && self.tags.iter().all(|(letter, values)| {
                 event.letter_tags().any(|(name, value)| name == *letter && values.contains(value))
             })

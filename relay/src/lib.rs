@@ -1,5 +1,5 @@
 //! A Nostr relay made for signalling: ephemeral events go straight to whoever subscribed to them, through an
-//! index by kind, tag and value, and are never stored (NIP-01, NIP-11).
+//! index by kind, tag and value, and are never stored. Other events are, when a store is set.
 
 mod admission;
 mod connection;
@@ -12,9 +12,11 @@ mod metrics;
 mod presence;
 mod recent;
 mod server;
+mod store;
 mod subscriptions;
 
 pub use admission::Admission;
 pub use limits::Rates;
 pub use presence::AnnounceEconomy;
 pub use server::{Config, Limits, Server, StartError};
+pub use store::{StoreConfig, StoreError};

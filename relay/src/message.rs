@@ -13,6 +13,8 @@ pub(crate) enum ClientMessage<'a> {
     Req { subscription: String, filters: Vec<&'a str> },
     /// End a subscription.
     Close { subscription: String },
+    /// Count stored events (NIP-45).
+    Count { query: String, filters: Vec<&'a str> },
     /// Prove who one is (NIP-42).
     Auth { event: Box<Event<'a>> },
 }
@@ -45,8 +47,12 @@ impl<'a> ClientMessage<'a> {
                 subscription: subscription_id(subscription)?,
                 filters: filters.iter().map(|filter| filter.get()).collect(),
             }),
+            (r#""COUNT""#, [query, filters @ ..]) if !filters.is_empty() => Ok(Self::Count {
+                query: subscription_id(query)?,
+                filters: filters.iter().map(|filter| filter.get()).collect(),
+            }),
             (r#""CLOSE""#, [subscription]) => Ok(Self::Close { subscription: subscription_id(subscription)? }),
-            (r#""EVENT""# | r#""REQ""# | r#""CLOSE""# | r#""AUTH""#, _) => Err(MessageError::Malformed),
+            (r#""EVENT""# | r#""REQ""# | r#""CLOSE""# | r#""AUTH""# | r#""COUNT""#, _) => Err(MessageError::Malformed),
             (verb, _) if verb.starts_with('"') => Err(MessageError::UnknownVerb),
             _ => Err(MessageError::Malformed),
         }
@@ -59,6 +65,7 @@ impl<'a> ClientMessage<'a> {
             Self::Req { .. } => "REQ",
             Self::Close { .. } => "CLOSE",
             Self::Auth { .. } => "AUTH",
+            Self::Count { .. } => "COUNT",
         }
     }
 }
@@ -103,6 +110,10 @@ pub(crate) mod relay_message {
 
     pub(crate) fn closed(subscription: &str, reason: &str) -> String {
         json!(["CLOSED", subscription, reason]).to_string()
+    }
+
+    pub(crate) fn count(query: &str, count: usize) -> String {
+        json!(["COUNT", query, { "count": count }]).to_string()
     }
 
     pub(crate) fn auth(challenge: &str) -> String {

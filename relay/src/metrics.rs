@@ -78,7 +78,7 @@ impl Metrics {
         registry.register(Box::new(metrics.present.clone()))?;
         registry.register(Box::new(metrics.verification_seconds.clone()))?;
         // Series that a dashboard asks for are there from the start, not from the first event on.
-        for verb in ["EVENT", "REQ", "CLOSE", "AUTH", "malformed"] {
+        for verb in ["EVENT", "REQ", "CLOSE", "AUTH", "COUNT", "malformed"] {
             metrics.messages.with_label_values(&[verb]);
         }
         metrics.events.with_label_values(&["accepted", "ephemeral"]);

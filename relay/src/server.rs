@@ -23,8 +23,9 @@ use crate::event::{Event, VerifyError};
 use crate::information;
 use crate::limits::{self, AddressLimits, Origin, Rates};
 use crate::metrics::Metrics;
-use crate::presence::{AnnounceEconomy, Presence, PresentKey};
+use crate::presence::{AnnounceEconomy, Audience, Presence, PresentKey};
 use crate::recent::RecentIds;
+use crate::store::{NotStored, Store, StoreConfig, StoreError, Stored};
 use crate::subscriptions::Subscriptions;
 
 /// How long open connections get to say goodbye at shutdown.
@@ -48,6 +49,10 @@ pub struct Limits {
     pub filter_values: usize,
     /// Tags of one event. Default 128.
     pub event_tags: usize,
+    /// Stored events that one filter gets. Default 500.
+    pub stored_events: usize,
+    /// Leading zero bits that an event's id must have (NIP-13). Default 0.
+    pub difficulty: u32,
 }
 
 impl Default for Limits {
@@ -59,6 +64,8 @@ impl Default for Limits {
             filters: 32,
             filter_values: 2_048,
             event_tags: 128,
+            stored_events: 500,
+            difficulty: 0,
         }
     }
 }
@@ -75,6 +82,8 @@ pub struct Config {
     /// The header in which a trusted proxy says who the client is, such as `x-forwarded-for`. Without it, the address
     /// of the connection counts, and loopback is spared: everybody may come from there.
     pub trusted_proxy_header: Option<String>,
+    /// Where to keep events that are not ephemeral; `None` refuses them.
+    pub store: Option<StoreConfig>,
     /// Whom to serve.
     pub admission: Admission,
     /// The relay's address for clients, if it is not the one they connect to; with NIP-42 they name it.
@@ -91,6 +100,9 @@ pub enum StartError {
     /// The address cannot be listened on.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// The store of events cannot be opened.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// The header is none.
     #[error("{0:?} is no name of a header (setting relay.trusted_proxy_header)")]
     Header(String),
@@ -114,7 +126,7 @@ impl Server {
     ///
     /// # Errors
     /// [`StartError`], which names the setting at fault.
-    pub fn bind(config: Config) -> Result<Self, StartError> {
+    pub async fn bind(config: Config) -> Result<Self, StartError> {
         let proxy_header = match &config.trusted_proxy_header {
             Some(name) => Some(HeaderName::try_from(name.as_str()).map_err(|_| StartError::Header(name.clone()))?),
             None => None,
@@ -123,6 +135,10 @@ impl Server {
         let metrics = Metrics::register(&telemetry.registry)?;
         let listener = listen::tcp("relay.listen", config.listen)?;
         let address = listener.local_addr().unwrap_or(config.listen);
+        let store = match &config.store {
+            Some(store) => Some(Store::open(store).await?),
+            None => None,
+        };
         let stop = CancellationToken::new();
         let connections = TaskTracker::new();
         let relay = Arc::new(Relay {
@@ -130,6 +146,7 @@ impl Server {
             rates: config.rates,
             addresses: Arc::new(AddressLimits::new(&config.rates, proxy_header.is_none())),
             proxy_header,
+            store,
             gate: Gate::new(config.admission),
             public_host: config.public_url.as_deref().and_then(admission::host_of).map(str::to_owned),
             subscriptions: Subscriptions::default(),
@@ -188,6 +205,7 @@ pub(crate) struct Relay {
     pub(crate) rates: Rates,
     addresses: Arc<AddressLimits>,
     proxy_header: Option<HeaderName>,
+    pub(crate) store: Option<Store>,
     pub(crate) gate: Gate,
     /// Host and port of the public address.
     public_host: Option<String>,
@@ -205,6 +223,12 @@ pub(crate) struct Relay {
 pub(crate) enum Refusal {
     #[error("blocked: this relay stores nothing, only ephemeral kinds (20000 to 29999) are accepted")]
     NotEphemeral,
+    #[error("auth-required: only its author may publish a protected event")]
+    Protected,
+    #[error("pow: {0} leading zero bits are less than {1}")]
+    Difficulty(u32, u32),
+    #[error(transparent)]
+    NotStored(NotStored),
     #[error("invalid: too many tags")]
     TooManyTags,
     #[error(transparent)]
@@ -213,6 +237,17 @@ pub(crate) enum Refusal {
     TooFast,
     #[error("invalid: {0}")]
     Unverified(VerifyError),
+}
+
+/// Who publishes an event.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Publisher<'a> {
+    pub(crate) origin: Origin,
+    pub(crate) connection: u64,
+    /// The key that the client has proven.
+    pub(crate) proven: Option<&'a [u8; 32]>,
+    /// Whether more authors may become present over this connection.
+    pub(crate) may_join: bool,
 }
 
 /// What became of an event that was not refused.
@@ -249,28 +284,43 @@ impl Relay {
         self.next_connection.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Checks an event, and queues it for every subscription that it belongs to, as the very text that its author
-    /// sent. With it, the author's key when it has just become present, which `may_join` allows.
-    pub(crate) fn publish(
+    /// Checks an event, stores it unless it is ephemeral, and queues it for every subscription that it belongs to, as
+    /// the very text that its author sent. With it, the author's key when it has just become present, which
+    /// `client.may_join` allows.
+    pub(crate) async fn publish(
         &self,
         event: &Event<'_>,
         raw: &str,
-        origin: Origin,
-        connection: u64,
-        may_join: bool,
+        client: Publisher<'_>,
     ) -> Result<(Accepted, Option<PresentKey>), Refusal> {
         if self.recent.contains(&event.id) {
             self.metrics.event("duplicate", class_of(event));
             return Ok((Accepted::Duplicate, None));
         }
-        self.check(event, origin)?;
+        self.check(event, &client)?;
+        if !event.is_ephemeral()
+            && let Some(store) = &self.store
+        {
+            match store.save(raw).await {
+                Ok(Stored::New) => {}
+                Ok(Stored::Duplicate) => return Ok((Accepted::Duplicate, None)),
+                Err(reason) => {
+                    self.metrics.event("not_stored", class_of(event));
+                    return Err(Refusal::NotStored(reason));
+                }
+            }
+        }
         if !self.recent.insert(event.id) {
             return Ok((Accepted::Duplicate, None));
         }
         let now = Instant::now();
         self.gate.learn(event, now);
         let raw: Arc<str> = raw.into();
-        let (audience, joined) = self.presence.hear(event, &raw, connection, may_join, now);
+        let (audience, joined) = if event.is_ephemeral() {
+            self.presence.hear(event, &raw, client.connection, client.may_join, now)
+        } else {
+            (Audience::All, None)
+        };
         let (subscriptions, held_back) = self.subscriptions.matching(event, audience);
         for subscription in &subscriptions {
             if !subscription.outbox.deliver(subscription, &raw) {
@@ -281,8 +331,8 @@ impl Relay {
         if joined.is_some() {
             self.count_present();
         }
-        let accepted = if subscriptions.is_empty() && held_back == 0 { Accepted::Mute } else { Accepted::Delivered };
-        Ok((accepted, joined))
+        let unheard = event.is_ephemeral() && subscriptions.is_empty() && held_back == 0;
+        Ok((if unheard { Accepted::Mute } else { Accepted::Delivered }, joined))
     }
 
     /// Brings the gauge of present authors up to date.
@@ -303,21 +353,29 @@ impl Relay {
     }
 
     /// Whether an event is one for this relay; limits come before the signature, which costs most.
-    fn check(&self, event: &Event<'_>, origin: Origin) -> Result<(), Refusal> {
-        let result = if !event.is_ephemeral() {
+    fn check(&self, event: &Event<'_>, client: &Publisher<'_>) -> Result<(), Refusal> {
+        let difficulty = event.difficulty();
+        let result = if !event.is_ephemeral() && self.store.is_none() {
             Err(Refusal::NotEphemeral)
         } else if let Err(reason) = self.gate.admits_event(event, Instant::now()) {
             Err(Refusal::NotAdmitted(reason))
         } else if event.tags.len() > self.limits.event_tags {
             Err(Refusal::TooManyTags)
+        } else if difficulty < self.limits.difficulty {
+            Err(Refusal::Difficulty(difficulty, self.limits.difficulty))
+        } else if event.is_protected() && client.proven != Some(&event.pubkey) {
+            Err(Refusal::Protected)
         } else {
-            self.verify(event, origin)
+            self.verify(event, client.origin)
         };
         let label = match result {
             Ok(()) => "accepted",
             Err(Refusal::NotEphemeral) => "not_ephemeral",
             Err(Refusal::TooManyTags) => "too_many_tags",
             Err(Refusal::NotAdmitted(_)) => "not_admitted",
+            Err(Refusal::Protected) => "protected",
+            Err(Refusal::Difficulty(..)) => "too_easy",
+            Err(Refusal::NotStored(_)) => "not_stored",
             Err(Refusal::TooFast) => "rate_limited",
             Err(Refusal::Unverified(VerifyError::Id)) => "wrong_id",
             Err(Refusal::Unverified(VerifyError::Signature)) => "wrong_signature",
@@ -355,7 +413,7 @@ async fn root(
             (header::ACCESS_CONTROL_ALLOW_HEADERS, "*"),
             (header::ACCESS_CONTROL_ALLOW_METHODS, "GET"),
         ];
-        return (headers, information::document(&relay.limits, &relay.gate).to_string()).into_response();
+        return (headers, information::document(&relay).to_string()).into_response();
     }
     Html(include_str!("page.html")).into_response()
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use nostr::event::FinalizeEvent as _;
-use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
-use relay::{Admission, AnnounceEconomy, Config, Limits, Rates, Server};
+use nostr::prelude::{EventBuilder, Keys, Kind, Tag, Timestamp};
+use relay::{Admission, AnnounceEconomy, Config, Limits, Rates, Server, StoreConfig};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -16,8 +16,8 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 /// Nothing that a test awaits takes nearly so long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-fn start(limits: Limits) -> Server {
-    start_with(Config { limits, ..config() })
+async fn start(limits: Limits) -> Server {
+    start_with(Config { limits, ..config() }).await
 }
 
 fn config() -> Config {
@@ -26,6 +26,7 @@ fn config() -> Config {
         limits: Limits::default(),
         rates: Rates::default(),
         trusted_proxy_header: None,
+        store: None,
         admission: Admission::Open,
         public_url: None,
         announces: AnnounceEconomy::default(),
@@ -33,8 +34,8 @@ fn config() -> Config {
     }
 }
 
-fn start_with(config: Config) -> Server {
-    Server::bind(config).unwrap()
+async fn start_with(config: Config) -> Server {
+    Server::bind(config).await.unwrap()
 }
 
 struct Client(WebSocketStream<MaybeTlsStream<TcpStream>>);
@@ -91,7 +92,7 @@ fn event(kind: u16, topic: &str, content: &str) -> Value {
 
 #[tokio::test]
 async fn an_ephemeral_event_reaches_who_asked_for_it_and_nobody_else() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let (mut near, mut far, mut author) =
         (Client::connect(&server).await, Client::connect(&server).await, Client::connect(&server).await);
     near.subscribe("near", json!({ "kinds": [22_718], "#x": ["topic"] })).await;
@@ -110,7 +111,7 @@ async fn an_ephemeral_event_reaches_who_asked_for_it_and_nobody_else() {
 
 #[tokio::test]
 async fn the_author_is_told_when_nobody_listens_and_when_it_repeats_itself() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
     let unheard = event(20_001, "topic", "unheard");
     author.say(json!(["EVENT", unheard])).await;
@@ -126,7 +127,7 @@ async fn the_author_is_told_when_nobody_listens_and_when_it_repeats_itself() {
 
 #[tokio::test]
 async fn a_new_subscriber_hears_at_once_of_who_is_present_and_of_nobody_who_left() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let mut peers = Vec::new();
     for number in 0..4 {
         let mut peer = Client::connect(&server).await;
@@ -170,7 +171,7 @@ async fn a_new_subscriber_hears_at_once_of_who_is_present_and_of_nobody_who_left
 
 #[tokio::test]
 async fn a_subscription_is_replaced_under_its_id_and_ends_when_closed() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
     let id = "s".repeat(64);
     client.subscribe(&id, json!({ "#x": ["first"] })).await;
@@ -193,7 +194,7 @@ async fn a_subscription_is_replaced_under_its_id_and_ends_when_closed() {
 
 #[tokio::test]
 async fn a_trystero_filter_of_250_kinds_and_values_is_served() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
     let kinds: Vec<u16> = (20_000..20_250).collect();
     let topics: Vec<String> = (0..250).map(|index| format!("topic-{index}")).collect();
@@ -210,7 +211,8 @@ async fn a_trystero_filter_of_250_kinds_and_values_is_served() {
 
 #[tokio::test]
 async fn what_is_refused_is_refused_with_a_reason() {
-    let server = start(Limits { subscriptions: 3, filters: 2, filter_values: 10, event_tags: 1, ..Limits::default() });
+    let server =
+        start(Limits { subscriptions: 3, filters: 2, filter_values: 10, event_tags: 1, ..Limits::default() }).await;
     let mut client = Client::connect(&server).await;
     let mut refusal = async |message: Value, verb: &str, prefix: &str| {
         client.say(message.clone()).await;
@@ -244,7 +246,8 @@ async fn what_is_refused_is_refused_with_a_reason() {
     refusal(json!(["REQ", "a", {}, {}, {}]), "CLOSED", "invalid:").await;
     refusal(json!(["REQ", "a", { "kinds": (0..11).collect::<Vec<_>>() }]), "CLOSED", "invalid:").await;
     refusal(json!(["REQ", "x".repeat(65), {}]), "NOTICE", "invalid:").await;
-    refusal(json!(["COUNT", "a", {}]), "NOTICE", "unsupported:").await;
+    refusal(json!(["COUNT", "a", {}]), "CLOSED", "unsupported:").await;
+    refusal(json!(["HELLO", "a", {}]), "NOTICE", "unsupported:").await;
     refusal(json!({ "not": "nostr" }), "NOTICE", "invalid:").await;
     for id in ["1", "2", "3"] {
         client.subscribe(id, json!({ "kinds": [20_001] })).await;
@@ -260,7 +263,7 @@ async fn what_is_refused_is_refused_with_a_reason() {
 
 #[tokio::test]
 async fn a_message_that_is_too_large_or_no_text_ends_its_connection_alone() {
-    let server = start(Limits { message_bytes: 10_000, ..Limits::default() });
+    let server = start(Limits { message_bytes: 10_000, ..Limits::default() }).await;
     let mut calm = Client::connect(&server).await;
     calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
 
@@ -299,7 +302,7 @@ async fn a_message_that_is_too_large_or_no_text_ends_its_connection_alone() {
 
 #[tokio::test]
 async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lose_none() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let mut stalled = Client::connect(&server).await;
     stalled.subscribe("stalled", json!({ "#x": ["topic"] })).await;
     let mut reader = Client::connect(&server).await;
@@ -325,7 +328,7 @@ async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lo
 #[tokio::test]
 async fn who_is_too_fast_is_told_so_and_others_go_on() {
     let rates = Rates { messages: 20, ..Rates::default() };
-    let server = start_with(Config { rates, ..config() });
+    let server = start_with(Config { rates, ..config() }).await;
     let mut calm = Client::connect(&server).await;
     calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
     let mut flood = Client::connect(&server).await;
@@ -350,7 +353,7 @@ async fn who_is_too_fast_is_told_so_and_others_go_on() {
 
 #[tokio::test]
 async fn only_the_rooms_of_the_owner_are_served_when_set_so() {
-    let server = start_with(Config { admission: Admission::Rooms(vec!["my-app".into()]), ..config() });
+    let server = start_with(Config { admission: Admission::Rooms(vec!["my-app".into()]), ..config() }).await;
     let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
     let room = genosdb::Room::graph_sync("my-app");
     let peer = genosdb::PeerId::parse("rP5xrSA37VoHEv5F0C0U").unwrap();
@@ -375,7 +378,7 @@ async fn only_the_rooms_of_the_owner_are_served_when_set_so() {
 async fn a_relay_for_known_keys_asks_who_is_there() {
     let keys = Keys::generate();
     let known = hex::decode(keys.public_key().to_hex()).unwrap().try_into().unwrap();
-    let server = start_with(Config { admission: Admission::Auth([known].into()), ..config() });
+    let server = start_with(Config { admission: Admission::Auth([known].into()), ..config() }).await;
     let mut client = Client::connect(&server).await;
     let challenge = client.hear().await;
     assert_eq!(challenge[0], "AUTH");
@@ -409,15 +412,169 @@ async fn a_relay_for_known_keys_asks_who_is_there() {
     assert!(heard.iter().any(|message| message[0] == "OK" && message[2] == true), "{heard:?}");
     let (_, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\nAccept: application/nostr+json\r\n").await;
     let document: Value = serde_json::from_str(&body).unwrap();
-    assert_eq!(document["supported_nips"], json!([1, 11, 42]));
+    assert_eq!(document["supported_nips"], json!([1, 11, 13, 42]));
     assert_eq!(document["limitation"]["auth_required"], true);
+    server.shutdown().await;
+}
+
+/// A relay that stores, in a folder that goes away.
+async fn start_storing() -> (Server, tempfile::TempDir) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = StoreConfig { folder: folder.path().join("events"), max_bytes: 64 << 20 };
+    (start_with(Config { store: Some(store), ..config() }).await, folder)
+}
+
+fn signed(keys: &Keys, kind: u16, created_at: u64, tags: &[&[&str]], content: &str) -> Value {
+    let event = EventBuilder::new(Kind::from(kind), content)
+        .tags(tags.iter().map(|tag| Tag::parse(tag.iter().copied()).unwrap()))
+        .custom_created_at(Timestamp::from(created_at))
+        .finalize(keys)
+        .unwrap();
+    serde_json::to_value(event).unwrap()
+}
+
+#[tokio::test]
+async fn stored_events_come_back_newest_first_and_live_ones_behind_them() {
+    let (server, _folder) = start_storing().await;
+    let keys = Keys::generate();
+    let mut author = Client::connect(&server).await;
+    let mut publish = async |event: &Value| {
+        author.say(json!(["EVENT", event])).await;
+        author.hear().await
+    };
+    for at in [100, 300, 200] {
+        assert_eq!(publish(&signed(&keys, 1, at, &[&["t", "x"]], &at.to_string())).await[2], true);
+    }
+    // Replaceable (0) and addressable (30000): only the newest of each stays.
+    for (kind, at, tags) in
+        [(0, 100, &[][..]), (0, 200, &[]), (30_000, 100, &[&["d", "a"][..]]), (30_000, 200, &[&["d", "a"]])]
+    {
+        assert_eq!(publish(&signed(&keys, kind, at, tags, &at.to_string())).await[2], true);
+    }
+    let older = publish(&signed(&keys, 0, 150, &[], "late")).await;
+    assert!(older[2] == false && older[3].as_str().unwrap().starts_with("blocked:"), "{older}");
+    assert_eq!(publish(&signed(&keys, 30_000, 100, &[&["d", "b"]], "other")).await[2], true);
+
+    let mut reader = Client::connect(&server).await;
+    let mut ask = async |filter: Value| -> Vec<String> {
+        reader.say(json!(["REQ", "s", filter])).await;
+        let mut heard = Vec::new();
+        loop {
+            let message = reader.hear().await;
+            if message[0] == "EOSE" {
+                return heard;
+            }
+            heard.push(message[2]["content"].as_str().unwrap().to_owned());
+        }
+    };
+    let author_key = keys.public_key().to_hex();
+    assert_eq!(ask(json!({ "kinds": [1] })).await, ["300", "200", "100"]);
+    assert_eq!(ask(json!({ "kinds": [1], "limit": 2 })).await, ["300", "200"]);
+    assert_eq!(ask(json!({ "kinds": [1], "limit": 0 })).await, [""; 0]);
+    assert_eq!(ask(json!({ "kinds": [1], "since": 200, "until": 250 })).await, ["200"]);
+    assert_eq!(ask(json!({ "#t": ["x"], "authors": [author_key] })).await.len(), 3);
+    assert_eq!(ask(json!({ "#t": ["y"] })).await, [""; 0]);
+    assert_eq!(ask(json!({ "kinds": [0] })).await, ["200"]);
+    assert_eq!(ask(json!({ "kinds": [30_000] })).await, ["200", "other"]);
+    assert_eq!(ask(json!({ "kinds": [30_000], "#d": ["b"] })).await, ["other"]);
+    // The subscription lives on.
+    assert_eq!(ask(json!({ "kinds": [1], "limit": 0 })).await, [""; 0]);
+    let live = signed(&keys, 1, 400, &[], "live");
+    assert_eq!(publish(&live).await[2], true);
+    assert_eq!(reader.hear().await, json!(["EVENT", "s", live]));
+    reader.say(json!(["COUNT", "c", { "kinds": [1] }])).await;
+    assert_eq!(reader.hear().await, json!(["COUNT", "c", { "count": 4 }]));
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_its_author_deletes_is_gone_and_what_has_expired_is_not_taken() {
+    let (server, _folder) = start_storing().await;
+    let (keys, stranger) = (Keys::generate(), Keys::generate());
+    let mut client = Client::connect(&server).await;
+    let mut publish = async |event: &Value| {
+        client.say(json!(["EVENT", event])).await;
+        client.hear().await
+    };
+    let note = signed(&keys, 1, 100, &[], "note");
+    let id = note["id"].as_str().unwrap();
+    assert_eq!(publish(&note).await[2], true);
+    assert_eq!(publish(&signed(&stranger, 5, 150, &[&["e", id]], "")).await[2], false);
+    assert_eq!(publish(&signed(&keys, 5, 200, &[&["e", id]], "")).await[2], true);
+    let expired = publish(&signed(&keys, 1, 100, &[&["expiration", "200"]], "old")).await;
+    assert!(expired[2] == false && expired[3].as_str().unwrap().starts_with("invalid:"), "{expired}");
+    assert_eq!(publish(&signed(&keys, 1, 100, &[&["expiration", "99999999999"]], "young")).await[2], true);
+    let heard = {
+        client.say(json!(["REQ", "s", { "kinds": [1] }])).await;
+        (client.hear().await, client.hear().await)
+    };
+    assert_eq!((&heard.0[2]["content"], &heard.1[0]), (&json!("young"), &json!("EOSE")));
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_protected_event_is_taken_from_its_author_alone() {
+    let (server, _folder) = start_storing().await;
+    let keys = Keys::generate();
+    let mut client = Client::connect(&server).await;
+    let protected = signed(&keys, 1, 100, &[&["-"]], "mine");
+    client.say(json!(["EVENT", protected])).await;
+    let challenge = client.hear().await;
+    assert_eq!(challenge[0], "AUTH");
+    let answer = client.hear().await;
+    assert!(answer[2] == false && answer[3].as_str().unwrap().starts_with("auth-required:"), "{answer}");
+    let now = Timestamp::now().as_secs();
+    let url = format!("ws://{}/", server.address());
+    let challenge = challenge[1].as_str().unwrap();
+    client.say(json!(["AUTH", signed(&keys, 22_242, now, &[&["relay", &url], &["challenge", challenge]], "")])).await;
+    assert_eq!(client.hear().await[2], true);
+    client.say(json!(["EVENT", protected])).await;
+    assert_eq!(client.hear().await[2], true);
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn stored_events_outlive_a_restart_and_what_is_listed_works() {
+    let (server, folder) = start_storing().await;
+    let keys = Keys::generate();
+    let mut client = Client::connect(&server).await;
+    client.say(json!(["EVENT", signed(&keys, 1, 100, &[], "kept")])).await;
+    assert_eq!(client.hear().await[2], true);
+    let (_, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\nAccept: application/nostr+json\r\n").await;
+    let document: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(document["supported_nips"], json!([1, 9, 11, 13, 40, 42, 45, 70]));
+    server.shutdown().await;
+    let store = StoreConfig { folder: folder.path().join("events"), max_bytes: 64 << 20 };
+    let server = start_with(Config { store: Some(store), ..config() }).await;
+    let mut client = Client::connect(&server).await;
+    client.say(json!(["REQ", "s", { "authors": [keys.public_key().to_hex()] }])).await;
+    assert_eq!(client.hear().await[2]["content"], "kept");
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn work_is_asked_for_when_set_so() {
+    let server = start(Limits { difficulty: 8, ..Limits::default() }).await;
+    let keys = Keys::generate();
+    let mut client = Client::connect(&server).await;
+    let mine = |wanted: &dyn Fn(&str) -> bool| {
+        (0..100_000)
+            .map(|nonce: u32| signed(&keys, 20_001, 100, &[&["nonce", &nonce.to_string(), "8"]], "x"))
+            .find(|event| wanted(event["id"].as_str().unwrap()))
+            .unwrap()
+    };
+    client.say(json!(["EVENT", mine(&|id| !id.starts_with("00"))])).await;
+    let answer = client.hear().await;
+    assert!(answer[2] == false && answer[3].as_str().unwrap().starts_with("pow:"), "{answer}");
+    client.say(json!(["EVENT", mine(&|id| id.starts_with("00"))])).await;
+    assert_eq!(client.hear().await[2], true);
     server.shutdown().await;
 }
 
 #[tokio::test]
 async fn an_address_behind_a_trusted_proxy_has_its_own_share_of_connections() {
     let rates = Rates { address_connections: 2, ..Rates::default() };
-    let server = start_with(Config { rates, trusted_proxy_header: Some("X-Forwarded-For".into()), ..config() });
+    let server = start_with(Config { rates, trusted_proxy_header: Some("X-Forwarded-For".into()), ..config() }).await;
     let connect = async |client: &str| {
         use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
         let mut request = format!("ws://{}/", server.address()).into_client_request().unwrap();
@@ -435,13 +592,13 @@ async fn an_address_behind_a_trusted_proxy_has_its_own_share_of_connections() {
 
 #[tokio::test]
 async fn the_information_document_says_what_is_enforced() {
-    let server = start(Limits { subscriptions: 7, ..Limits::default() });
+    let server = start(Limits { subscriptions: 7, ..Limits::default() }).await;
     let (head, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\nAccept: application/nostr+json\r\n").await;
     assert!(head.contains("200") && head.to_lowercase().contains("access-control-allow-origin: *"), "{head}");
     let document: Value = serde_json::from_str(&body).unwrap();
     assert_eq!(document["limitation"]["max_subscriptions"], 7);
     assert_eq!(document["limitation"]["max_message_length"], 131_072);
-    assert_eq!(document["supported_nips"], json!([1, 11]));
+    assert_eq!(document["supported_nips"], json!([1, 11, 13]));
     let (head, body) = http(&server, "GET / HTTP/1.1\r\nHost: x\r\n").await;
     assert!(head.contains("text/html") && body.contains("Homeport"), "{head}");
     assert_eq!(http(&server, "GET /healthz HTTP/1.1\r\nHost: x\r\n").await.1, "ok\n");
@@ -460,7 +617,7 @@ async fn http(server: &Server, head: &str) -> (String, String) {
 
 #[tokio::test]
 async fn at_shutdown_clients_are_told_to_come_back() {
-    let server = start(Limits::default());
+    let server = start(Limits::default()).await;
     let mut client = Client::connect(&server).await;
     client.subscribe("s", json!({})).await;
     let shutdown = tokio::spawn(server.shutdown());

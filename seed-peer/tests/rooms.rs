@@ -10,17 +10,18 @@ use genosdb::{MemoryGraph, Operation};
 use seed_peer::{Bounds, Config, RelayKey, RoomConfig, Server};
 use support::{Client, PATIENCE, View, new_id};
 
-fn relay() -> relay::Server {
-    relay_at("127.0.0.1:0".parse().unwrap())
+async fn relay() -> relay::Server {
+    relay_at("127.0.0.1:0".parse().unwrap()).await
 }
 
-fn relay_at(listen: SocketAddr) -> relay::Server {
-    relay_with(listen, relay::Admission::Open)
+async fn relay_at(listen: SocketAddr) -> relay::Server {
+    relay_with(listen, relay::Admission::Open).await
 }
 
-fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
+async fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
     relay::Server::bind(relay::Config {
         listen,
+        store: None,
         admission,
         limits: relay::Limits::default(),
         rates: relay::Rates::default(),
@@ -29,6 +30,7 @@ fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server 
         announces: relay::AnnounceEconomy::default(),
         routes: axum::Router::new(),
     })
+    .await
     .unwrap()
 }
 
@@ -95,7 +97,7 @@ const SCRIPT: &str = r#"
 
 #[tokio::test]
 async fn what_a_peer_wrote_outlives_it_and_a_restart() {
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let first_seed = seed(&[&url(&relay)], data.path());
     let mut writer = join(&url(&relay));
@@ -123,7 +125,7 @@ async fn what_a_peer_wrote_outlives_it_and_a_restart() {
 
 #[tokio::test]
 async fn a_password_room_is_for_those_who_know_the_password() {
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&relay)], data.path());
     let stranger = Client::join(&url(&relay), "secret", "guess", new_id(), MemoryGraph::default());
@@ -141,7 +143,7 @@ async fn a_password_room_is_for_those_who_know_the_password() {
 
 #[tokio::test]
 async fn the_seed_takes_what_it_lacks_and_gives_what_a_peer_lacks() {
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&relay)], data.path());
     let mut first = join(&url(&relay));
@@ -177,7 +179,7 @@ async fn the_seed_takes_what_it_lacks_and_gives_what_a_peer_lacks() {
 
 #[tokio::test]
 async fn a_reloaded_tab_comes_back_under_its_id() {
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&relay)], data.path());
     let id = new_id();
@@ -200,9 +202,9 @@ async fn a_reloaded_tab_comes_back_under_its_id() {
 
 #[tokio::test]
 async fn relays_that_come_back_are_joined_again() {
-    let first = relay();
+    let first = relay().await;
     let address = first.address();
-    let second = relay();
+    let second = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&first), &url(&second)], data.path());
     counted(&seed, "homeport_seed_relays_connected", "", 2.0).await;
@@ -211,7 +213,7 @@ async fn relays_that_come_back_are_joined_again() {
     let mut peer = join(&url(&second));
     peer.until("a link through the second relay", |view| view.linked.len() == 1).await;
     peer.leave().await;
-    let first = relay_at(address);
+    let first = relay_at(address).await;
     let mut peer = join(&url(&first));
     peer.until("a link through the first relay", |view| view.linked.len() == 1).await;
     peer.leave().await;
@@ -224,7 +226,7 @@ async fn relays_that_come_back_are_joined_again() {
 async fn a_relay_that_asks_for_proof_gets_it() {
     let key = RelayKey::generate();
     let admission = relay::Admission::Auth([key.public_key()].into());
-    let closed = relay_with("127.0.0.1:0".parse().unwrap(), admission);
+    let closed = relay_with("127.0.0.1:0".parse().unwrap(), admission).await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed_with(&[&url(&closed)], data.path(), key);
     // Its announces are accepted: one in each of the two rooms of two databases.
@@ -246,7 +248,7 @@ async fn a_relay_that_asks_for_proof_gets_it() {
 async fn rubbish_is_counted_and_the_room_goes_on() {
     use genosdb::{ChannelName, Content, Message};
 
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&relay)], data.path());
     let mut calm = join(&url(&relay));
@@ -289,7 +291,7 @@ async fn rubbish_is_counted_and_the_room_goes_on() {
 
 #[tokio::test]
 async fn a_peer_that_stays_silent_is_dropped() {
-    let relay = relay();
+    let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url(&relay)], data.path());
     let mut peer = join(&url(&relay));
