@@ -48,6 +48,8 @@ pub(crate) struct RelaySettings {
     max_connections_per_address: usize,
     /// Messages a second of one connection.
     messages_per_second: u32,
+    /// Bytes of messages a second of one connection.
+    bytes_per_second: u32,
     /// Signatures a second that are checked for one address.
     verifications_per_second: u32,
     /// The header in which a trusted proxy says who the client is.
@@ -56,6 +58,8 @@ pub(crate) struct RelaySettings {
     store: bool,
     /// Bytes that they may take.
     store_max_bytes: usize,
+    /// How far clients' clocks may be apart before a `since` costs an ephemeral event.
+    clock_skew_seconds: u64,
     /// Leading zero bits that an event's id must have.
     min_pow_difficulty: u32,
     /// Announces a second that one subscriber gets per topic; 0 passes every one on.
@@ -190,10 +194,12 @@ impl Default for RelaySettings {
             max_message_bytes: limits.message_bytes,
             max_connections_per_address: rates.address_connections,
             messages_per_second: rates.messages,
+            bytes_per_second: rates.bytes,
             verifications_per_second: rates.verifications,
             trusted_proxy_header: None,
             store: false,
             store_max_bytes: 1 << 30,
+            clock_skew_seconds: limits.clock_skew_seconds,
             min_pow_difficulty: 0,
             announce_budget: announces.budget,
             announce_max_interval_seconds: announces.max_interval.as_secs(),
@@ -320,6 +326,7 @@ impl Settings {
         let limits = relay::Limits {
             connections: self.relay.max_connections,
             message_bytes: self.relay.max_message_bytes,
+            clock_skew_seconds: self.relay.clock_skew_seconds,
             difficulty: self.relay.min_pow_difficulty,
             ..relay::Limits::default()
         };
@@ -329,6 +336,7 @@ impl Settings {
         };
         let rates = relay::Rates {
             messages: self.relay.messages_per_second,
+            bytes: self.relay.bytes_per_second,
             verifications: self.relay.verifications_per_second,
             address_connections: self.relay.max_connections_per_address,
         };

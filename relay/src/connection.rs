@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::event::Event;
+use crate::event::{Event, KeyCache};
 use crate::filter::{Filter, FilterError};
 use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
@@ -46,6 +46,8 @@ const MAX_MALFORMED: usize = 32;
 pub(crate) struct Delivery {
     subscription: Arc<Subscription>,
     event: Arc<str>,
+    /// When the event was published.
+    published: std::time::Instant,
 }
 
 /// The bounded queue in front of one client.
@@ -61,18 +63,22 @@ impl Outbox {
         (Arc::new(Self { queue, bytes: AtomicUsize::new(0) }), receiver)
     }
 
-    /// Queues an event for a subscription of this client. Returns whether there was room: a client that reads too
-    /// slowly loses ephemeral events rather than holding up the others.
-    pub(crate) fn deliver(&self, subscription: &Arc<Subscription>, event: &Arc<str>) -> bool {
-        if self.bytes.load(Ordering::Relaxed) + event.len() > QUEUE_BYTES {
-            return false;
+    /// Queues an event for a subscription of this client. Returns the bytes that are queued now, or `None` when there
+    /// was no room: a client that reads too slowly loses ephemeral events rather than holding up the others.
+    pub(crate) fn deliver(
+        &self,
+        subscription: &Arc<Subscription>,
+        event: &Arc<str>,
+        published: std::time::Instant,
+    ) -> Option<usize> {
+        let queued = self.bytes.load(Ordering::Relaxed) + event.len();
+        if queued > QUEUE_BYTES {
+            return None;
         }
-        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event) };
-        let queued = self.queue.try_send(delivery).is_ok();
-        if queued {
-            self.bytes.fetch_add(event.len(), Ordering::Relaxed);
-        }
-        queued
+        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event), published };
+        self.queue.try_send(delivery).ok()?;
+        self.bytes.fetch_add(event.len(), Ordering::Relaxed);
+        Some(queued)
     }
 }
 
@@ -97,6 +103,7 @@ pub(crate) async fn serve(
         hosts,
         challenge: rand::rng().sample_iter(Alphanumeric).take(32).map(char::from).collect(),
         proven: None,
+        keys: KeyCache::default(),
         limit,
         outbox,
         subscriptions: HashMap::new(),
@@ -158,6 +165,7 @@ struct Connection {
     challenge: String,
     /// The key that the client has proven.
     proven: Option<[u8; 32]>,
+    keys: KeyCache,
     limit: ConnectionLimit,
     outbox: Arc<Outbox>,
     subscriptions: HashMap<String, Arc<Subscription>>,
@@ -215,7 +223,7 @@ impl Connection {
             Ok(message) => {
                 self.malformed = 0;
                 self.relay.metrics.messages.with_label_values(&[message.verb()]).inc();
-                if !self.limit.allows_message() {
+                if !self.limit.allows_message(text.len()) {
                     return self.slow_down(message).await;
                 }
                 match message {
@@ -276,7 +284,7 @@ impl Connection {
             proven: self.proven.as_ref(),
             may_join: self.joined.len() < MAX_JOINED,
         };
-        let (accepted, reason) = match self.relay.publish(event, raw, client).await {
+        let (accepted, reason) = match self.relay.publish(event, raw, client, &mut self.keys).await {
             Ok((accepted, joined)) => {
                 self.joined.extend(joined);
                 (true, accepted.reason().to_owned())
@@ -295,7 +303,7 @@ impl Connection {
     /// Takes a client's proof of its key (NIP-42).
     async fn prove(&mut self, event: &Event<'_>) -> ControlFlow<End> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let verdict = match self.relay.verify(event, self.admitted.origin()) {
+        let verdict = match self.relay.verify(event, self.admitted.origin(), &mut self.keys) {
             Ok(()) => self.relay.gate.accepts_proof(event, &self.challenge, &self.hosts, now).map_err(str::to_owned),
             Err(refusal) => Err(refusal.to_string()),
         };
@@ -418,7 +426,7 @@ impl Connection {
         }
         filters
             .iter()
-            .map(|filter| Filter::parse(filter, limits.filter_values))
+            .map(|filter| Filter::parse(filter, limits.filter_values, limits.clock_skew_seconds))
             .collect::<Result<_, FilterError>>()
             .map_err(|error| error.to_string())
     }
@@ -435,13 +443,14 @@ impl Connection {
         let mut next = Some(first);
         let mut sent: u64 = 0;
         let writing = async {
-            while let Some(Delivery { subscription, event }) = next.take() {
+            while let Some(Delivery { subscription, event, published }) = next.take() {
                 self.outbox.bytes.fetch_sub(event.len(), Ordering::Relaxed);
                 let mut text = String::with_capacity(subscription.prefix.len() + event.len() + 1);
                 text.push_str(&subscription.prefix);
                 text.push_str(&event);
                 text.push(']');
                 self.socket.feed(Message::Text(text.into())).await?;
+                self.relay.metrics.delivery_seconds.observe(published.elapsed().as_secs_f64());
                 sent += 1;
                 next = deliveries.try_recv().ok();
             }

@@ -62,12 +62,12 @@ impl Event<'_> {
         })
     }
 
-    /// Checks id and signature.
-    pub(crate) fn verify(&self) -> Result<(), VerifyError> {
+    /// Checks id and signature. `keys` is that of the event's connection.
+    pub(crate) fn verify(&self, keys: &mut KeyCache) -> Result<(), VerifyError> {
         if self.computed_id() != self.id {
             return Err(VerifyError::Id);
         }
-        let author = XOnlyPublicKey::from_slice(&self.pubkey).map_err(|_| VerifyError::Signature)?;
+        let author = keys.parse(&self.pubkey).ok_or(VerifyError::Signature)?;
         SECP256K1
             .verify_schnorr(&Signature::from_byte_array(self.sig), &self.id, &author)
             .map_err(|_| VerifyError::Signature)
@@ -80,6 +80,23 @@ impl Event<'_> {
         // Strings, numbers and arrays serialise, and hashing does not fail.
         let _ = serde_json::to_writer(HashWriter(&mut hasher), &fields);
         hasher.finalize().into()
+    }
+}
+
+/// The public key that was parsed last: a connection publishes under one key, and parsing it takes a square root.
+#[derive(Debug, Default)]
+pub(crate) struct KeyCache(Option<([u8; 32], XOnlyPublicKey)>);
+
+impl KeyCache {
+    fn parse(&mut self, bytes: &[u8; 32]) -> Option<XOnlyPublicKey> {
+        if let Some((known, key)) = &self.0
+            && known == bytes
+        {
+            return Some(*key);
+        }
+        let key = XOnlyPublicKey::from_slice(bytes).ok()?;
+        self.0 = Some((*bytes, key));
+        Some(key)
     }
 }
 
@@ -129,7 +146,7 @@ mod tests {
         for content in ["", "plain", "a \"b\" \\ \n\t\r\u{8}\u{c}\u{1}\u{7f} é 😀 \u{2028}"] {
             let json = signed(content);
             let event: Event<'_> = serde_json::from_str(&json).unwrap();
-            assert_eq!(event.verify(), Ok(()), "{content:?}");
+            assert_eq!(event.verify(&mut KeyCache::default()), Ok(()), "{content:?}");
             assert!(event.is_ephemeral());
             assert_eq!(event.letter_tags().collect::<Vec<_>>(), [(b'x', "topic \"quoted\"\n")]);
         }
@@ -139,15 +156,18 @@ mod tests {
     fn a_changed_event_does_not_verify() {
         let json = signed("before");
         let forged = json.replace("before", "behind");
-        assert_eq!(serde_json::from_str::<Event<'_>>(&forged).unwrap().verify(), Err(VerifyError::Id));
+        assert_eq!(
+            serde_json::from_str::<Event<'_>>(&forged).unwrap().verify(&mut KeyCache::default()),
+            Err(VerifyError::Id)
+        );
         let mut event: Event<'_> = serde_json::from_str(&json).unwrap();
         event.sig[5] ^= 1;
-        assert_eq!(event.verify(), Err(VerifyError::Signature));
+        assert_eq!(event.verify(&mut KeyCache::default()), Err(VerifyError::Signature));
         let mut event: Event<'_> = serde_json::from_str(&json).unwrap();
         // Not the x coordinate of any point: no key at all.
         event.pubkey = [0xff; 32];
         event.id = event.computed_id();
-        assert_eq!(event.verify(), Err(VerifyError::Signature));
+        assert_eq!(event.verify(&mut KeyCache::default()), Err(VerifyError::Signature));
     }
 
     #[test]
@@ -156,7 +176,11 @@ mod tests {
             serde_json::from_str(include_str!("../../genosdb/fixtures/events.json")).unwrap();
         for (name, event) in events.as_object().unwrap() {
             let json = event.to_string();
-            assert_eq!(serde_json::from_str::<Event<'_>>(&json).unwrap().verify(), Ok(()), "{name}");
+            assert_eq!(
+                serde_json::from_str::<Event<'_>>(&json).unwrap().verify(&mut KeyCache::default()),
+                Ok(()),
+                "{name}"
+            );
         }
     }
 

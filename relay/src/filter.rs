@@ -6,10 +6,6 @@ use serde_json::Value;
 
 use crate::event::{Event, parse_lower_hex};
 
-/// How far a client's clock may be off before it loses ephemeral events, in seconds: their `created_at` comes
-/// from one client's clock, `since` from another's, and neither is ours.
-pub(crate) const CLOCK_SKEW_SECONDS: u64 = 60;
-
 /// Which events a subscription asks for. A list that is absent lets everything pass; an empty one nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Filter {
@@ -22,6 +18,9 @@ pub(crate) struct Filter {
     pub(crate) until: Option<u64>,
     /// Only for stored events.
     pub(crate) limit: Option<u64>,
+    /// How far clients' clocks may be apart before one loses ephemeral events of another, in seconds: `created_at`
+    /// comes from one client's clock, `since` from another's, and neither is ours.
+    pub(crate) clock_skew: u64,
 }
 
 /// A filter that cannot be served; the message goes to the client.
@@ -38,14 +37,14 @@ pub(crate) enum FilterError {
 }
 
 impl Filter {
-    /// Parses a filter that may hold up to `max_values` values in all its lists together.
-    pub(crate) fn parse(json: &str, max_values: usize) -> Result<Self, FilterError> {
+    /// Parses a filter that may hold up to `max_values` values in all its lists together. `clock_skew` is in seconds.
+    pub(crate) fn parse(json: &str, max_values: usize, clock_skew: u64) -> Result<Self, FilterError> {
         let Ok(Value::Object(members)) = serde_json::from_str(json) else { return Err(FilterError::NotAnObject) };
         let values = members.values().map(|value| value.as_array().map_or(0, Vec::len)).sum::<usize>();
         if values > max_values {
             return Err(FilterError::TooManyValues(max_values));
         }
-        let mut filter = Self::default();
+        let mut filter = Self { clock_skew, ..Self::default() };
         for (key, value) in &members {
             match key.as_str() {
                 "ids" => filter.ids = Some(hex_list(value).ok_or(FilterError::Type("ids"))?),
@@ -75,9 +74,9 @@ impl Filter {
         self.kinds.as_ref().is_none_or(storable) && self.limit != Some(0)
     }
 
-    /// Whether an event passes. [`CLOCK_SKEW_SECONDS`] of difference between clocks do not hinder ephemeral ones.
+    /// Whether an event passes. Clocks that differ a little do not hinder ephemeral ones.
     pub(crate) fn matches(&self, event: &Event<'_>) -> bool {
-        let skew = if event.is_ephemeral() { CLOCK_SKEW_SECONDS } else { 0 };
+        let skew = if event.is_ephemeral() { self.clock_skew } else { 0 };
         let listed = |list: &Option<BTreeSet<[u8; 32]>>, one| list.as_ref().is_none_or(|list| list.contains(one));
         listed(&self.ids, &event.id)
             && listed(&self.authors, &event.pubkey)
@@ -115,7 +114,7 @@ mod tests {
     }
 
     fn matches(json: &str) -> bool {
-        Filter::parse(json, 100).unwrap().matches(&event(1_000_000))
+        Filter::parse(json, 100, 60).unwrap().matches(&event(1_000_000))
     }
 
     #[test]
@@ -155,10 +154,10 @@ mod tests {
             (r##"{"#xy":["a"]}"##, FilterError::UnknownKey),
             (r#"{"search":"a"}"#, FilterError::UnknownKey),
         ] {
-            assert_eq!(Filter::parse(filter, 100), Err(error), "{filter}");
+            assert_eq!(Filter::parse(filter, 100, 60), Err(error), "{filter}");
         }
         let many: Vec<u32> = (0..101).collect();
         let filter = serde_json::json!({ "kinds": many }).to_string();
-        assert_eq!(Filter::parse(&filter, 100), Err(FilterError::TooManyValues(100)));
+        assert_eq!(Filter::parse(&filter, 100, 60), Err(FilterError::TooManyValues(100)));
     }
 }

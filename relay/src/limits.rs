@@ -12,6 +12,8 @@ use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLim
 pub struct Rates {
     /// Messages a second of one connection; five times as many may come at once. Default 500.
     pub messages: u32,
+    /// Bytes of messages a second of one connection; five times as many may come at once. Default 1 MiB.
+    pub bytes: u32,
     /// Signatures a second that are checked for one address; five times as many may come at once. Default 2,000.
     pub verifications: u32,
     /// Connections of one address at a time. Default 1,024.
@@ -20,7 +22,7 @@ pub struct Rates {
 
 impl Default for Rates {
     fn default() -> Self {
-        Self { messages: 500, verifications: 2_000, address_connections: 1_024 }
+        Self { messages: 500, bytes: 1 << 20, verifications: 2_000, address_connections: 1_024 }
     }
 }
 
@@ -49,18 +51,27 @@ impl Origin {
     }
 }
 
-/// The limit on one connection.
+/// The limits on one connection.
 #[derive(Debug)]
-pub(crate) struct ConnectionLimit(Option<DefaultDirectRateLimiter>);
+pub(crate) struct ConnectionLimit {
+    messages: Option<DefaultDirectRateLimiter>,
+    bytes: Option<DefaultDirectRateLimiter>,
+}
 
 impl ConnectionLimit {
     pub(crate) fn new(rates: &Rates) -> Self {
-        Self(quota(rates.messages).map(RateLimiter::direct))
+        let limiter = |per_second| quota(per_second).map(RateLimiter::direct);
+        Self { messages: limiter(rates.messages), bytes: limiter(rates.bytes) }
     }
 
-    /// Whether one more message is within the limit.
-    pub(crate) fn allows_message(&self) -> bool {
-        self.0.as_ref().is_none_or(|limiter| limiter.check().is_ok())
+    /// Whether one more message of so many bytes is within the limits.
+    pub(crate) fn allows_message(&self, bytes: usize) -> bool {
+        let bytes = u32::try_from(bytes).ok().and_then(NonZeroU32::new);
+        let fits = |limiter: &DefaultDirectRateLimiter| {
+            // The outer error: more at once than ever fits.
+            bytes.is_none_or(|bytes| limiter.check_n(bytes).is_ok_and(|verdict| verdict.is_ok()))
+        };
+        self.messages.as_ref().is_none_or(|limiter| limiter.check().is_ok()) && self.bytes.as_ref().is_none_or(fits)
     }
 }
 
@@ -165,10 +176,13 @@ mod tests {
     #[test]
     fn a_burst_is_allowed_and_then_no_more() {
         let limit = ConnectionLimit::new(&Rates { messages: 10, ..Rates::default() });
-        let allowed = (0..1_000).filter(|_| limit.allows_message()).count();
+        let allowed = (0..1_000).filter(|_| limit.allows_message(10)).count();
         assert!((50..60).contains(&allowed), "{allowed}");
-        let unlimited = ConnectionLimit::new(&Rates { messages: 0, ..Rates::default() });
-        assert!((0..100_000).all(|_| unlimited.allows_message()));
+        let unlimited = ConnectionLimit::new(&Rates { messages: 0, bytes: 0, ..Rates::default() });
+        assert!((0..100_000).all(|_| unlimited.allows_message(10)));
+        let bytes = ConnectionLimit::new(&Rates { bytes: 1_000, ..Rates::default() });
+        assert!(bytes.allows_message(4_000) && !bytes.allows_message(4_000) && bytes.allows_message(500));
+        assert!(!ConnectionLimit::new(&Rates { bytes: 10, ..Rates::default() }).allows_message(51));
     }
 
     #[test]

@@ -134,6 +134,23 @@ pub(crate) mod relay_message {
 mod tests {
     use super::*;
 
+    proptest::proptest! {
+        #[test]
+        fn no_message_makes_the_parsers_panic(
+            text in proptest::prelude::any::<String>(),
+            verb in "EVENT|REQ|CLOSE|COUNT|AUTH",
+            rest in "[\\[\\]{}\",:a-z0-9#-]{0,60}",
+        ) {
+            for text in [text.clone(), format!(r#"["{verb}",{rest}]"#), format!(r#"["{verb}","s",{{{rest}}}]"#)] {
+                if let Ok(ClientMessage::Req { filters, .. } | ClientMessage::Count { filters, .. }) = ClientMessage::parse(&text) {
+                    for filter in filters {
+                        let _ = crate::filter::Filter::parse(filter, 100, 60);
+                    }
+                }
+            }
+        }
+    }
+
     #[test]
     fn verbs_are_understood() {
         let parsed = ClientMessage::parse(r#"["REQ","a",{"kinds":[1]},{}]"#).unwrap();

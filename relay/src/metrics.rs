@@ -12,6 +12,8 @@ pub(crate) struct Metrics {
     events: IntCounterVec,
     pub(crate) deliveries: IntCounter,
     pub(crate) drops: IntCounterVec,
+    pub(crate) delivery_seconds: Histogram,
+    queue_high_water: IntGauge,
     pub(crate) rate_limit_hits: IntCounterVec,
     pub(crate) held_back: IntCounter,
     pub(crate) replayed: IntCounter,
@@ -44,6 +46,17 @@ impl Metrics {
                 Opts::new("homeport_relay_drops_total", "Deliveries that were dropped, by reason."),
                 &["reason"],
             )?,
+            delivery_seconds: Histogram::with_opts(
+                HistogramOpts::new(
+                    "homeport_relay_delivery_seconds",
+                    "From a published event to its writing to a subscriber.",
+                )
+                .buckets(vec![1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 0.1, 0.5, 2.5]),
+            )?,
+            queue_high_water: IntGauge::new(
+                "homeport_relay_queue_high_water_bytes",
+                "The most that ever waited for one client since the start.",
+            )?,
             rate_limit_hits: IntCounterVec::new(
                 Opts::new("homeport_relay_rate_limit_hits_total", "Messages and connections refused, by limit."),
                 &["limit"],
@@ -72,6 +85,8 @@ impl Metrics {
         registry.register(Box::new(metrics.events.clone()))?;
         registry.register(Box::new(metrics.deliveries.clone()))?;
         registry.register(Box::new(metrics.drops.clone()))?;
+        registry.register(Box::new(metrics.delivery_seconds.clone()))?;
+        registry.register(Box::new(metrics.queue_high_water.clone()))?;
         registry.register(Box::new(metrics.rate_limit_hits.clone()))?;
         registry.register(Box::new(metrics.held_back.clone()))?;
         registry.register(Box::new(metrics.replayed.clone()))?;
@@ -87,6 +102,14 @@ impl Metrics {
             metrics.rate_limit_hits.with_label_values(&[limit]);
         }
         Ok(metrics)
+    }
+
+    /// Takes note of how much waits for a client.
+    pub(crate) fn see_queue(&self, bytes: usize) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        if bytes > self.queue_high_water.get() {
+            self.queue_high_water.set(bytes);
+        }
     }
 
     /// Counts a published event.

@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{self, Admission, Gate, NotAdmitted};
 use crate::connection;
-use crate::event::{Event, VerifyError};
+use crate::event::{Event, KeyCache, VerifyError};
 use crate::information;
 use crate::limits::{self, AddressLimits, Origin, Rates};
 use crate::metrics::Metrics;
@@ -49,6 +49,8 @@ pub struct Limits {
     pub filter_values: usize,
     /// Tags of one event. Default 128.
     pub event_tags: usize,
+    /// How far clients' clocks may be apart, in seconds, before a `since` costs an ephemeral event. Default 60.
+    pub clock_skew_seconds: u64,
     /// Stored events that one filter gets. Default 500.
     pub stored_events: usize,
     /// Leading zero bits that an event's id must have (NIP-13). Default 0.
@@ -64,6 +66,7 @@ impl Default for Limits {
             filters: 32,
             filter_values: 2_048,
             event_tags: 128,
+            clock_skew_seconds: 60,
             stored_events: 500,
             difficulty: 0,
         }
@@ -292,12 +295,13 @@ impl Relay {
         event: &Event<'_>,
         raw: &str,
         client: Publisher<'_>,
+        keys: &mut KeyCache,
     ) -> Result<(Accepted, Option<PresentKey>), Refusal> {
         if self.recent.contains(&event.id) {
             self.metrics.event("duplicate", class_of(event));
             return Ok((Accepted::Duplicate, None));
         }
-        self.check(event, &client)?;
+        self.check(event, &client, keys)?;
         if !event.is_ephemeral()
             && let Some(store) = &self.store
         {
@@ -323,8 +327,9 @@ impl Relay {
         };
         let (subscriptions, held_back) = self.subscriptions.matching(event, audience);
         for subscription in &subscriptions {
-            if !subscription.outbox.deliver(subscription, &raw) {
-                self.metrics.drops.with_label_values(&["slow_client"]).inc();
+            match subscription.outbox.deliver(subscription, &raw, now) {
+                Some(queued) => self.metrics.see_queue(queued),
+                None => self.metrics.drops.with_label_values(&["slow_client"]).inc(),
             }
         }
         self.metrics.held_back.inc_by(held_back);
@@ -341,19 +346,19 @@ impl Relay {
     }
 
     /// Checks id and signature of an event, if its origin has not asked for that too often.
-    pub(crate) fn verify(&self, event: &Event<'_>, origin: Origin) -> Result<(), Refusal> {
+    pub(crate) fn verify(&self, event: &Event<'_>, origin: Origin, keys: &mut KeyCache) -> Result<(), Refusal> {
         if !self.addresses.allows_verification(origin) {
             self.metrics.rate_limit_hits.with_label_values(&["verifications"]).inc();
             return Err(Refusal::TooFast);
         }
         let start = Instant::now();
-        let verified = event.verify();
+        let verified = event.verify(keys);
         self.metrics.verification_seconds.observe(start.elapsed().as_secs_f64());
         verified.map_err(Refusal::Unverified)
     }
 
     /// Whether an event is one for this relay; limits come before the signature, which costs most.
-    fn check(&self, event: &Event<'_>, client: &Publisher<'_>) -> Result<(), Refusal> {
+    fn check(&self, event: &Event<'_>, client: &Publisher<'_>, keys: &mut KeyCache) -> Result<(), Refusal> {
         let difficulty = event.difficulty();
         let result = if !event.is_ephemeral() && self.store.is_none() {
             Err(Refusal::NotEphemeral)
@@ -366,7 +371,7 @@ impl Relay {
         } else if event.is_protected() && client.proven != Some(&event.pubkey) {
             Err(Refusal::Protected)
         } else {
-            self.verify(event, client.origin)
+            self.verify(event, client.origin, keys)
         };
         let label = match result {
             Ok(()) => "accepted",

@@ -302,7 +302,8 @@ async fn a_message_that_is_too_large_or_no_text_ends_its_connection_alone() {
 
 #[tokio::test]
 async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lose_none() {
-    let server = start(Limits::default()).await;
+    let rates = Rates { bytes: 0, ..Rates::default() };
+    let server = start_with(Config { rates, ..config() }).await;
     let mut stalled = Client::connect(&server).await;
     stalled.subscribe("stalled", json!({ "#x": ["topic"] })).await;
     let mut reader = Client::connect(&server).await;
@@ -587,6 +588,56 @@ async fn an_address_behind_a_trusted_proxy_has_its_own_share_of_connections() {
         other => panic!("{other:?}"),
     }
     connect("192.0.2.2").await.unwrap();
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn ten_thousand_subscriptions_leave_nothing_behind() {
+    let server = start_with(Config { rates: Rates { messages: 0, bytes: 0, ..Rates::default() }, ..config() }).await;
+    let open = || -> f64 {
+        let families = server.telemetry().registry.gather();
+        let gauge = families.iter().find(|family| family.name() == "homeport_relay_subscriptions").unwrap();
+        gauge.get_metric()[0].get_gauge().get_value()
+    };
+    let mut client = Client::connect(&server).await;
+    for round in 0..100 {
+        for number in 0..100 {
+            client.say(json!(["REQ", format!("{number}"), { "#x": [format!("{round}-{number}")] }])).await;
+        }
+        for _ in 0..100 {
+            assert_eq!(client.hear().await[0], "EOSE");
+        }
+        for number in 0..100 {
+            client.say(json!(["CLOSE", format!("{number}")])).await;
+        }
+    }
+    client.hear_all().await;
+    assert_eq!(open(), 1.0, "only the marker is left");
+    client.0.close(None).await.unwrap();
+    while let Some(Ok(_)) = client.frame().await {}
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while open() > 0.0 {
+        assert!(tokio::time::Instant::now() < deadline);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf_8_ends_its_connection_alone() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let server = start(Limits::default()).await;
+    let mut calm = Client::connect(&server).await;
+    let mut rude = TcpStream::connect(server.address()).await.unwrap();
+    let handshake = "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+        Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    rude.write_all(handshake.as_bytes()).await.unwrap();
+    // A final text frame of two masked bytes that no UTF-8 text holds.
+    rude.write_all(&[0x81, 0x82, 0, 0, 0, 0, 0xff, 0xfe]).await.unwrap();
+    let mut answer = Vec::new();
+    tokio::time::timeout(PATIENCE, rude.read_to_end(&mut answer)).await.unwrap().unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 101"));
+    calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
     server.shutdown().await;
 }
 
