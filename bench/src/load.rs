@@ -89,8 +89,8 @@ fn prepare(shape: Shape) -> anyhow::Result<(Vec<Client>, Ledger)> {
 }
 
 /// Connects without a word.
-pub(crate) async fn connect(url: &str) -> anyhow::Result<Socket> {
-    let (socket, _) = tokio_tungstenite::connect_async(url).await.context("cannot connect")?;
+async fn connect(url: &str) -> anyhow::Result<Socket> {
+    let (socket, _) = tokio_tungstenite::connect_async_with_config(url, None, true).await.context("cannot connect")?;
     Ok(socket)
 }
 

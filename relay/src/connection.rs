@@ -224,7 +224,7 @@ impl Connection {
                 self.malformed = 0;
                 self.relay.metrics.messages.with_label_values(&[message.verb()]).inc();
                 if !self.limit.allows_message(text.len()) {
-                    return self.slow_down(message).await;
+                    return Box::pin(self.slow_down(message)).await;
                 }
                 match message {
                     ClientMessage::Event { event, raw } => self.publish(&event, raw).await,
@@ -233,8 +233,8 @@ impl Connection {
                         self.unsubscribe(&subscription);
                         ControlFlow::Continue(())
                     }
-                    ClientMessage::Auth { event } => self.prove(&event).await,
-                    ClientMessage::Count { query, filters } => self.count(&query, &filters).await,
+                    ClientMessage::Auth { event } => Box::pin(self.prove(&event)).await,
+                    ClientMessage::Count { query, filters } => Box::pin(self.count(&query, &filters)).await,
                 }
             }
             Err(MessageError::Event { id: Some(id), reason }) => {
@@ -333,7 +333,7 @@ impl Connection {
                 self.queue_replays(&subscription);
                 self.subscriptions.insert(id, Arc::clone(&subscription));
                 // What is published from now on waits in the queue behind what is stored.
-                self.send_stored(&subscription, &stored).await?;
+                Box::pin(self.send_stored(&subscription, &stored)).await?;
                 self.send_text(eose).await?;
                 self.replay().await
             }

@@ -12,6 +12,7 @@ use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
+use axum::serve::ListenerExt as _;
 use service::{BindError, Health, Telemetry, listen};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -165,6 +166,12 @@ impl Server {
             Router::new().route("/", get(root)).route("/healthz", get(healthz)).with_state(relay).merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
+        // A small message must not wait for the acknowledgement of the one before it.
+        let listener = listener.tap_io(|stream| {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%error, "a connection delays small messages");
+            }
+        });
         let task = tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await });
         telemetry.health.set("relay", service::State::Ok);
         Ok(Self { address, telemetry, stop, connections, task })
@@ -305,7 +312,8 @@ impl Relay {
         if !event.is_ephemeral()
             && let Some(store) = &self.store
         {
-            match store.save(raw).await {
+            // Boxed, here and where else the store is asked: most connections never do, and all would pay for the room.
+            match Box::pin(store.save(raw)).await {
                 Ok(Stored::New) => {}
                 Ok(Stored::Duplicate) => return Ok((Accepted::Duplicate, None)),
                 Err(reason) => {
