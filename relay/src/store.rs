@@ -56,7 +56,7 @@ impl Store {
         std::fs::create_dir_all(&config.folder).map_err(|error| failed(error.to_string()))?;
         // LMDB maps whole pages.
         let map_size = config.max_bytes.next_multiple_of(1 << 20);
-        let building = NostrLmdb::builder(&config.folder).map_size(map_size).build();
+        let building = NostrLmdb::builder(&config.folder).map_size(map_size).process_nip62(false).build();
         Ok(Self { database: building.await.map_err(|error| failed(error.to_string()))? })
     }
 

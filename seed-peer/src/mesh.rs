@@ -72,6 +72,7 @@ struct Owner {
     sent: Option<u64>,
 }
 
+/// Everything that the seed is connected to, and what it is made of.
 pub(crate) struct Mesh {
     pub(crate) rooms: Vec<MeshRoom>,
     pub(crate) links: Links,
@@ -82,44 +83,19 @@ pub(crate) struct Mesh {
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
     pub(crate) metrics: Metrics,
+    pub(crate) state: State,
+}
+
+/// What a mesh learns while it runs.
+#[derive(Default)]
+pub(crate) struct State {
     owners: HashMap<LinkId, Owner>,
     seen: HashSet<String>,
     seen_order: VecDeque<String>,
     events: Vec<(LinkId, LinkOutput)>,
 }
 
-/// What a mesh is made of.
-pub(crate) struct Parts {
-    pub(crate) rooms: Vec<MeshRoom>,
-    pub(crate) links: Links,
-    pub(crate) addresses: Addresses,
-    pub(crate) certificate: DtlsCert,
-    pub(crate) limits: Limits,
-    pub(crate) max_links: usize,
-    pub(crate) signalling: Signalling,
-    pub(crate) archive: Archive,
-    pub(crate) metrics: Metrics,
-}
-
 impl Mesh {
-    pub(crate) fn new(parts: Parts) -> Self {
-        Self {
-            rooms: parts.rooms,
-            links: parts.links,
-            addresses: parts.addresses,
-            certificate: parts.certificate,
-            limits: parts.limits,
-            max_links: parts.max_links,
-            signalling: parts.signalling,
-            archive: parts.archive,
-            metrics: parts.metrics,
-            owners: HashMap::new(),
-            seen: HashSet::new(),
-            seen_order: VecDeque::new(),
-            events: Vec::new(),
-        }
-    }
-
     /// Runs until `stop` is cancelled; then says goodbye and returns the archive, to be closed.
     pub(crate) async fn run(
         mut self,
@@ -138,7 +114,7 @@ impl Mesh {
                     }
                     let now = Instant::now();
                     for _ in 0..BATCHES_IN_A_ROW {
-                        if !self.links.receive(now, &mut self.events) {
+                        if !self.links.receive(now, &mut self.state.events) {
                             break;
                         }
                     }
@@ -160,7 +136,7 @@ impl Mesh {
     }
 
     fn handle_time(&mut self, now: Instant) {
-        self.links.handle_timeouts(now, &mut self.events);
+        self.links.handle_timeouts(now, &mut self.state.events);
         self.handle_events(now);
         for room in 0..self.rooms.len() {
             let mut actions = Vec::new();
@@ -200,14 +176,14 @@ impl Mesh {
     }
 
     fn is_known_event(&mut self, id: String) -> bool {
-        if !self.seen.insert(id.clone()) {
+        if !self.state.seen.insert(id.clone()) {
             return true;
         }
-        self.seen_order.push_back(id);
-        if self.seen_order.len() > REMEMBERED_EVENTS
-            && let Some(oldest) = self.seen_order.pop_front()
+        self.state.seen_order.push_back(id);
+        if self.state.seen_order.len() > REMEMBERED_EVENTS
+            && let Some(oldest) = self.state.seen_order.pop_front()
         {
-            self.seen.remove(&oldest);
+            self.state.seen.remove(&oldest);
         }
         false
     }
@@ -302,19 +278,19 @@ impl Mesh {
 
     fn add_link(&mut self, now: Instant, room: usize, peer: PeerId, link: Link) -> LinkId {
         let id = self.links.add(now, link);
-        self.owners.insert(id, Owner { room, peer, made: now, opened: false, sent: None });
+        self.state.owners.insert(id, Owner { room, peer, made: now, opened: false, sent: None });
         id
     }
 
     /// Ends a link that the room no longer wants.
     fn drop_link(&mut self, link: LinkId, why: Why) {
-        let Some(owner) = self.owners.remove(&link) else { return };
+        let Some(owner) = self.state.owners.remove(&link) else { return };
         if owner.opened {
             self.metrics.disconnects.with_label_values(&[why.label()]).inc();
         } else {
             self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
         }
-        self.links.close(link, CloseReason::Left, &mut self.events);
+        self.links.close(link, CloseReason::Left, &mut self.state.events);
         self.links.remove(link);
         self.count_links(owner.room);
     }
@@ -346,19 +322,19 @@ impl Mesh {
                 .inc_by(u64::try_from(message.len()).unwrap_or(u64::MAX));
             link.send(message);
         }
-        self.links.drive(link, &mut self.events);
+        self.links.drive(link, &mut self.state.events);
     }
 
     fn handle_events(&mut self, now: Instant) {
-        while !self.events.is_empty() {
-            for (link, output) in std::mem::take(&mut self.events) {
+        while !self.state.events.is_empty() {
+            for (link, output) in std::mem::take(&mut self.state.events) {
                 self.handle_event(now, link, output);
             }
         }
     }
 
     fn handle_event(&mut self, now: Instant, link: LinkId, output: LinkOutput) {
-        let Some(owner) = self.owners.get_mut(&link) else { return };
+        let Some(owner) = self.state.owners.get_mut(&link) else { return };
         let (room, peer) = (owner.room, owner.peer);
         match output {
             LinkOutput::Opened => {
@@ -389,7 +365,7 @@ impl Mesh {
                     self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
                 }
                 tracing::debug!(room = %self.rooms[room].name, %peer, reason = reason.label(), "a link has ended");
-                self.owners.remove(&link);
+                self.state.owners.remove(&link);
                 self.links.remove(link);
                 let mut actions = Vec::new();
                 self.rooms[room].peer.link_closed(peer, link, &mut actions);
@@ -402,9 +378,9 @@ impl Mesh {
 
     /// Acts from within [`Mesh::handle_events`], which goes on with what follows.
     fn act_later(&mut self, now: Instant, room: usize, actions: Vec<Action>) {
-        let pending = std::mem::take(&mut self.events);
+        let pending = std::mem::take(&mut self.state.events);
         self.act(now, room, actions);
-        self.events.splice(0..0, pending);
+        self.state.events.splice(0..0, pending);
     }
 
     fn handle_message(&mut self, room: usize, link: LinkId, channel: ChannelName, content: Content, bytes: usize) {
@@ -421,7 +397,7 @@ impl Mesh {
             return;
         };
         self.metrics.refused.with_label_values(&["operation"]).inc_by(u64::try_from(malformed).unwrap_or(u64::MAX));
-        let sent = self.owners.get(&link).and_then(|owner| owner.sent);
+        let sent = self.state.owners.get(&link).and_then(|owner| owner.sent);
         let (questions, changes): (Vec<Operation>, Vec<Operation>) =
             operations.into_iter().partition(|operation| matches!(operation, Operation::Sync(_)));
         if !changes.is_empty() && !self.archive.merge(archive, link, changes, wall_ms(), bytes) {
@@ -437,7 +413,7 @@ impl Mesh {
         let now = Instant::now();
         match reply {
             Reply::Send { link, message, sent } => {
-                if let Some(owner) = self.owners.get_mut(&link) {
+                if let Some(owner) = self.state.owners.get_mut(&link) {
                     owner.sent = Some(sent);
                     self.send(link, message);
                 }
@@ -479,14 +455,14 @@ impl Mesh {
         {
             let wake = self.links.next_deadline().unwrap_or(deadline).min(deadline);
             tokio::select! {
-                _ = self.links.readable() => while self.links.receive(Instant::now(), &mut self.events) {},
+                _ = self.links.readable() => while self.links.receive(Instant::now(), &mut self.state.events) {},
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
-            self.links.handle_timeouts(Instant::now(), &mut self.events);
-            self.events.clear();
+            self.links.handle_timeouts(Instant::now(), &mut self.state.events);
+            self.state.events.clear();
         }
         for link in open {
-            self.links.close(link, CloseReason::Left, &mut self.events);
+            self.links.close(link, CloseReason::Left, &mut self.state.events);
         }
         self.signalling.shutdown(DRAIN).await;
         self.archive

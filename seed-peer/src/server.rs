@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::addresses::{Addresses, ExternalAddress};
 use crate::archive::{Archive, Bounds, OpenError, Opened};
 use crate::links::{LinkSocket, Links};
-use crate::mesh::{Mesh, MeshRoom, Parts};
+use crate::mesh::{Mesh, MeshRoom, State};
 use crate::metrics::Metrics;
 use crate::relay_key::RelayKey;
 use crate::room::RoomPeer;
@@ -157,7 +157,7 @@ impl Server {
         );
         let (reply_sender, replies) = mpsc::unbounded_channel();
         let archive = opened.start(names, config.bounds, reply_sender, metrics.clone(), telemetry.health.clone())?;
-        let mesh = Mesh::new(Parts {
+        let mesh = Mesh {
             rooms,
             links: Links::new(socket, metrics.clone()),
             addresses: Addresses { listen: address, external: config.external },
@@ -171,7 +171,8 @@ impl Server {
             signalling,
             archive,
             metrics,
-        });
+            state: State::default(),
+        };
         let stop = CancellationToken::new();
         let mesh = Some(tokio::spawn(mesh.run(heard, replies, stop.clone())));
         Ok(Self { address, telemetry, stop, mesh })
