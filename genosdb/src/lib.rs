@@ -6,6 +6,7 @@
 //!
 //! The source of each rule is the wire description captured from real clients; `fixtures/` holds the captures.
 
+pub mod cells;
 pub mod clock;
 pub mod frame;
 pub mod graph;

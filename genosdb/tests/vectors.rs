@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use genosdb::cells::Topology;
 use genosdb::frame::{Frame, MAX_FRAME_BYTES};
 use genosdb::graph::Outcome;
 use genosdb::{
@@ -240,12 +241,22 @@ fn signed_operations_keep_every_member_that_was_signed() {
 }
 
 #[test]
-fn the_cells_vector_names_peers_that_parse() {
-    // The topology itself comes with cells; their roster must already be readable.
+fn cells_bridges_and_links_are_those_of_real_clients() {
+    let peer = |id: &Value| PeerId::parse(text(id)).unwrap();
     for room in list(&fixture("cells.json")) {
-        let mut roster: Vec<PeerId> = list(&room["roster"]).iter().map(|id| PeerId::parse(text(id)).unwrap()).collect();
-        let listed = roster.clone();
-        roster.sort();
-        assert_eq!(roster, listed, "ids must order as JavaScript orders them");
+        let roster: Vec<PeerId> = list(&room["roster"]).iter().map(peer).collect();
+        assert!(roster.is_sorted(), "ids must order as JavaScript orders them");
+        let topology = Topology::new(&roster, usize::try_from(room["cell_size"].as_u64().unwrap()).unwrap());
+        assert_eq!(Some(topology.total_cells() as u64), room["total_cells"].as_u64());
+        assert_eq!(Some(u64::from(topology.ttl())), room["ttl"].as_u64());
+        assert!(!list(&room["peers"]).is_empty());
+        for seen in list(&room["peers"]) {
+            let id = peer(&seen["id"]);
+            assert_eq!(topology.cell_of(&id).unwrap().to_string(), text(&seen["cell"]), "{id}");
+            assert_eq!(Some(topology.is_bridge(&id)), seen["is_bridge"].as_bool(), "{id}");
+            let mut links: Vec<PeerId> = list(&seen["links"]).iter().map(peer).collect();
+            links.sort();
+            assert_eq!(topology.links(&id), links, "{id} in {}", text(&seen["cell"]));
+        }
     }
 }
