@@ -91,12 +91,16 @@ export class Homeport {
     const deadline = Date.now() + 30_000;
     for (;;) {
       if (child.exitCode !== null) throw new Error(`homeport ended at start:\n${this.#log}`);
+      // The summary comes through a pipe of its own, before or after the first answer.
+      const turn = /turn:([^ ]+):\d+ \(UDP\)/.exec(summary);
       const ready = await fetch(`${this.metricsUrl}/readyz`).then(answer => answer.ok, () => false);
-      if (ready) break;
+      if (ready && turn) {
+        this.turnHost = turn[1];
+        return;
+      }
       if (Date.now() > deadline) throw new Error(`homeport is not ready:\n${this.#log}`);
       await new Promise(done => setTimeout(done, 25));
     }
-    this.turnHost = /turn:([^ ]+):\d+ \(UDP\)/.exec(summary)[1];
   }
 
   /** `kill -9`: as a power cut, as far as the process goes. */
