@@ -95,7 +95,7 @@ impl JsonString {
         let quoted = format!("\"{}\"", self.0);
         let mut text = String::with_capacity(self.0.len());
         let mut reader = Reader::new(&quoted);
-        // The printed form parses: this module made it. `each_unit` then sees every unit.
+        // The printed form parses: this module made it, so every unit is seen.
         let _ = reader.string_units(|unit| text.push(unit.unwrap_or(char::REPLACEMENT_CHARACTER)));
         text
     }

@@ -26,7 +26,9 @@ use crate::subscriptions::Subscription;
 const QUEUE_EVENTS: usize = 1024;
 /// Bytes of events that wait for one client, at most.
 const QUEUE_BYTES: usize = 2 << 20;
-/// A client that takes nothing for so long is cut off.
+/// Events that are written before the socket is flushed and the client is listened to again.
+const BATCH_EVENTS: u64 = 64;
+/// A client that does not take a batch for so long is cut off.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often a client is asked whether it is still there.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -71,13 +73,13 @@ impl Outbox {
         event: &Arc<str>,
         published: std::time::Instant,
     ) -> Option<usize> {
-        let queued = self.bytes.load(Ordering::Relaxed) + event.len();
-        if queued > QUEUE_BYTES {
+        // Counted before it is queued: the client's task may take it out, and count it off, at once.
+        let queued = self.bytes.fetch_add(event.len(), Ordering::Relaxed) + event.len();
+        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event), published };
+        if queued > QUEUE_BYTES || self.queue.try_send(delivery).is_err() {
+            self.bytes.fetch_sub(event.len(), Ordering::Relaxed);
             return None;
         }
-        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event), published };
-        self.queue.try_send(delivery).ok()?;
-        self.bytes.fetch_add(event.len(), Ordering::Relaxed);
         Some(queued)
     }
 }
@@ -438,7 +440,7 @@ impl Connection {
         }
     }
 
-    /// Writes a queued event, and all that queued up behind it, before the socket is flushed.
+    /// Writes a queued event, and a batch of what queued up behind it, before the socket is flushed.
     async fn send_events(&mut self, first: Delivery, deliveries: &mut mpsc::Receiver<Delivery>) -> ControlFlow<End> {
         let mut next = Some(first);
         let mut sent: u64 = 0;
@@ -452,7 +454,7 @@ impl Connection {
                 self.socket.feed(Message::Text(text.into())).await?;
                 self.relay.metrics.delivery_seconds.observe(published.elapsed().as_secs_f64());
                 sent += 1;
-                next = deliveries.try_recv().ok();
+                next = if sent < BATCH_EVENTS { deliveries.try_recv().ok() } else { None };
             }
             self.socket.flush().await
         };

@@ -349,6 +349,7 @@ impl Writer {
                     tracing::error!(%error, "the archive could not take a message");
                     self.metrics.operations.with_label_values(&["failed"]).inc();
                     self.file.connection.execute_batch("ROLLBACK TO request")?;
+                    self.states.clear();
                     match before {
                         Some(before) => self.rooms.insert(room, before),
                         None => self.rooms.remove(&room),
