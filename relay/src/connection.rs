@@ -3,14 +3,12 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use futures_util::SinkExt as _;
 use rand::Rng as _;
 use rand::distr::Alphanumeric;
-use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -18,17 +16,14 @@ use crate::event::{Event, KeyCache};
 use crate::filter::{Filter, FilterError};
 use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
+use crate::outbox::{Delivery, Outbox};
 use crate::presence::PresentKey;
 use crate::server::{Publisher, Refusal, Relay};
 use crate::subscriptions::Subscription;
 
-/// Events that wait for one client, at most.
-const QUEUE_EVENTS: usize = 1024;
-/// Bytes of events that wait for one client, at most.
-const QUEUE_BYTES: usize = 2 << 20;
-/// Events that are written before the socket is flushed and the client is listened to again.
-const BATCH_EVENTS: u64 = 64;
-/// A client that does not take a batch for so long is cut off.
+/// Messages to a client that may wait in the write buffer for one flush of the socket.
+const BATCH_MESSAGES: usize = 64;
+/// A client that takes nothing of what is written for so long is cut off.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often a client is asked whether it is still there.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -43,47 +38,6 @@ const MAX_REPLAYS: usize = 16_384;
 /// Messages in a row that are not Nostr before a client is cut off.
 const MAX_MALFORMED: usize = 32;
 
-/// An event on its way to one subscription.
-#[derive(Debug)]
-pub(crate) struct Delivery {
-    subscription: Arc<Subscription>,
-    event: Arc<str>,
-    /// When the event was published.
-    published: std::time::Instant,
-}
-
-/// The bounded queue in front of one client.
-#[derive(Debug)]
-pub(crate) struct Outbox {
-    queue: mpsc::Sender<Delivery>,
-    bytes: AtomicUsize,
-}
-
-impl Outbox {
-    pub(crate) fn new() -> (Arc<Self>, mpsc::Receiver<Delivery>) {
-        let (queue, receiver) = mpsc::channel(QUEUE_EVENTS);
-        (Arc::new(Self { queue, bytes: AtomicUsize::new(0) }), receiver)
-    }
-
-    /// Queues an event for a subscription of this client. Returns the bytes that are queued now, or `None` when there
-    /// was no room: a client that reads too slowly loses ephemeral events rather than holding up the others.
-    pub(crate) fn deliver(
-        &self,
-        subscription: &Arc<Subscription>,
-        event: &Arc<str>,
-        published: std::time::Instant,
-    ) -> Option<usize> {
-        // Counted before it is queued: the client's task may take it out, and count it off, at once.
-        let queued = self.bytes.fetch_add(event.len(), Ordering::Relaxed) + event.len();
-        let delivery = Delivery { subscription: Arc::clone(subscription), event: Arc::clone(event), published };
-        if queued > QUEUE_BYTES || self.queue.try_send(delivery).is_err() {
-            self.bytes.fetch_sub(event.len(), Ordering::Relaxed);
-            return None;
-        }
-        Some(queued)
-    }
-}
-
 /// Serves one client until it leaves, misbehaves or `stop` is cancelled.
 /// The client reached the relay under one of the names in `hosts`.
 pub(crate) async fn serve(
@@ -94,7 +48,6 @@ pub(crate) async fn serve(
     stop: CancellationToken,
 ) {
     relay.metrics.connections.inc();
-    let (outbox, deliveries) = Outbox::new();
     let number = relay.new_connection();
     let limit = ConnectionLimit::new(&relay.rates);
     let mut connection = Connection {
@@ -107,13 +60,14 @@ pub(crate) async fn serve(
         proven: None,
         keys: KeyCache::default(),
         limit,
-        outbox,
+        outbox: Arc::default(),
+        unflushed: 0,
         subscriptions: HashMap::new(),
         joined: HashSet::new(),
         replays: VecDeque::new(),
         malformed: 0,
     };
-    let reason = connection.run(deliveries, stop).await;
+    let reason = connection.run(stop).await;
     connection.relay.metrics.disconnects.with_label_values(&[reason.label()]).inc();
     if let Some((code, text)) = reason.close_frame() {
         let frame = Message::Close(Some(CloseFrame { code, reason: text.into() }));
@@ -170,6 +124,8 @@ struct Connection {
     keys: KeyCache,
     limit: ConnectionLimit,
     outbox: Arc<Outbox>,
+    /// Messages written since the socket was last flushed.
+    unflushed: usize,
     subscriptions: HashMap<String, Arc<Subscription>>,
     /// Who announced itself over this connection.
     joined: HashSet<PresentKey>,
@@ -179,7 +135,7 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run(&mut self, mut deliveries: mpsc::Receiver<Delivery>, stop: CancellationToken) -> End {
+    async fn run(&mut self, stop: CancellationToken) -> End {
         let mut ping = tokio::time::interval(PING_INTERVAL);
         ping.reset();
         let mut replay = tokio::time::interval(REPLAY_INTERVAL);
@@ -190,13 +146,13 @@ impl Connection {
         {
             return end;
         }
+        let outbox = Arc::clone(&self.outbox);
         loop {
+            // In this order, so that all that can be done at once is done before the socket is flushed: a client that
+            // has ten events coming gets them in one packet, and one that has a single event gets it without waiting.
             let step = tokio::select! {
-                message = self.socket.recv() => {
-                    heard = Instant::now();
-                    self.receive(message).await
-                }
-                Some(delivery) = deliveries.recv() => self.send_events(delivery, &mut deliveries).await,
+                biased;
+                () = stop.cancelled() => ControlFlow::Break(End::Shutdown),
                 _ = ping.tick() => {
                     if heard.elapsed() > IDLE_TIMEOUT {
                         ControlFlow::Break(End::Silent)
@@ -205,7 +161,12 @@ impl Connection {
                     }
                 }
                 _ = replay.tick(), if !self.replays.is_empty() => self.replay().await,
-                () = stop.cancelled() => ControlFlow::Break(End::Shutdown),
+                message = self.socket.recv() => {
+                    heard = Instant::now();
+                    self.receive(message).await
+                }
+                delivery = outbox.next() => self.send_event(delivery).await,
+                () = std::future::ready(()), if self.unflushed > 0 => self.flush().await,
             };
             if let ControlFlow::Break(end) = step {
                 return end;
@@ -440,35 +401,32 @@ impl Connection {
         }
     }
 
-    /// Writes a queued event, and a batch of what queued up behind it, before the socket is flushed.
-    async fn send_events(&mut self, first: Delivery, deliveries: &mut mpsc::Receiver<Delivery>) -> ControlFlow<End> {
-        let mut next = Some(first);
-        let mut sent: u64 = 0;
-        let writing = async {
-            while let Some(Delivery { subscription, event, published }) = next.take() {
-                self.outbox.bytes.fetch_sub(event.len(), Ordering::Relaxed);
-                let mut text = String::with_capacity(subscription.prefix.len() + event.len() + 1);
-                text.push_str(&subscription.prefix);
-                text.push_str(&event);
-                text.push(']');
-                self.socket.feed(Message::Text(text.into())).await?;
-                self.relay.metrics.delivery_seconds.observe(published.elapsed().as_secs_f64());
-                sent += 1;
-                next = if sent < BATCH_EVENTS { deliveries.try_recv().ok() } else { None };
-            }
-            self.socket.flush().await
-        };
-        let result = timeout(WRITE_TIMEOUT, writing).await;
-        self.relay.metrics.deliveries.inc_by(sent);
-        written(result)
+    async fn send_event(&mut self, delivery: Delivery) -> ControlFlow<End> {
+        let Delivery { subscription, event, published } = delivery;
+        let mut text = String::with_capacity(subscription.prefix.len() + event.len() + 1);
+        text.push_str(&subscription.prefix);
+        text.push_str(&event);
+        text.push(']');
+        self.send_text(text).await?;
+        self.relay.metrics.deliveries.inc();
+        self.relay.metrics.delivery_seconds.observe(published.elapsed().as_secs_f64());
+        ControlFlow::Continue(())
     }
 
     async fn send_text(&mut self, text: String) -> ControlFlow<End> {
         self.send(Message::Text(text.into())).await
     }
 
+    /// Writes a message. It leaves when nothing else is to be done at once, or when enough others wait with it.
     async fn send(&mut self, message: Message) -> ControlFlow<End> {
-        written(timeout(WRITE_TIMEOUT, self.socket.send(message)).await)
+        written(timeout(WRITE_TIMEOUT, self.socket.feed(message)).await)?;
+        self.unflushed += 1;
+        if self.unflushed < BATCH_MESSAGES { ControlFlow::Continue(()) } else { self.flush().await }
+    }
+
+    async fn flush(&mut self) -> ControlFlow<End> {
+        self.unflushed = 0;
+        written(timeout(WRITE_TIMEOUT, self.socket.flush()).await)
     }
 }
 

@@ -1,19 +1,49 @@
 //! Filters of a subscription (NIP-01).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::borrow::Borrow;
 
 use serde_json::Value;
 
 use crate::event::{Event, parse_lower_hex};
 
+/// A list of which an event must have one. Sorted and of exactly its size: relays hold one for each subscription.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct OneOf<T>(Box<[T]>);
+
+impl<T: Ord> OneOf<T> {
+    pub(crate) fn contains<Q: Ord + ?Sized>(&self, one: &Q) -> bool
+    where
+        T: Borrow<Q>,
+    {
+        self.0.binary_search_by(|known| known.borrow().cmp(one)).is_ok()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
+        self.0.iter()
+    }
+}
+
+impl<T: Ord> FromIterator<T> for OneOf<T> {
+    fn from_iter<I: IntoIterator<Item = T>>(items: I) -> Self {
+        let mut items: Vec<T> = items.into_iter().collect();
+        items.sort_unstable();
+        items.dedup();
+        Self(items.into())
+    }
+}
+
 /// Which events a subscription asks for. A list that is absent lets everything pass; an empty one nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Filter {
-    pub(crate) ids: Option<BTreeSet<[u8; 32]>>,
-    pub(crate) authors: Option<BTreeSet<[u8; 32]>>,
-    pub(crate) kinds: Option<BTreeSet<u16>>,
+    pub(crate) ids: Option<OneOf<[u8; 32]>>,
+    pub(crate) authors: Option<OneOf<[u8; 32]>>,
+    pub(crate) kinds: Option<OneOf<u16>>,
     /// By tag letter, the values that are asked for.
-    pub(crate) tags: BTreeMap<u8, BTreeSet<Box<str>>>,
+    pub(crate) tags: Box<[(u8, OneOf<Box<str>>)]>,
     pub(crate) since: Option<u64>,
     pub(crate) until: Option<u64>,
     /// Only for stored events.
@@ -45,6 +75,7 @@ impl Filter {
             return Err(FilterError::TooManyValues(max_values));
         }
         let mut filter = Self { clock_skew, ..Self::default() };
+        let mut tags = Vec::new();
         for (key, value) in &members {
             match key.as_str() {
                 "ids" => filter.ids = Some(hex_list(value).ok_or(FilterError::Type("ids"))?),
@@ -59,25 +90,26 @@ impl Filter {
                 _ => match key.as_bytes() {
                     [b'#', letter] if letter.is_ascii_alphabetic() => {
                         let values = list(value, |value| value.as_str().map(Into::into));
-                        filter.tags.insert(*letter, values.ok_or(FilterError::Type("of a tag"))?);
+                        tags.push((*letter, values.ok_or(FilterError::Type("of a tag"))?));
                     }
                     _ => return Err(FilterError::UnknownKey),
                 },
             }
         }
+        filter.tags = tags.into();
         Ok(filter)
     }
 
     /// Whether a stored event could pass.
     pub(crate) fn asks_for_stored(&self) -> bool {
-        let storable = |kinds: &BTreeSet<u16>| kinds.iter().any(|kind| !(20_000..30_000).contains(kind));
+        let storable = |kinds: &OneOf<u16>| kinds.iter().any(|kind| !(20_000..30_000).contains(kind));
         self.kinds.as_ref().is_none_or(storable) && self.limit != Some(0)
     }
 
     /// Whether an event passes. Clocks that differ a little do not hinder ephemeral ones.
     pub(crate) fn matches(&self, event: &Event<'_>) -> bool {
         let skew = if event.is_ephemeral() { self.clock_skew } else { 0 };
-        let listed = |list: &Option<BTreeSet<[u8; 32]>>, one| list.as_ref().is_none_or(|list| list.contains(one));
+        let listed = |list: &Option<OneOf<[u8; 32]>>, one| list.as_ref().is_none_or(|list| list.contains(one));
         listed(&self.ids, &event.id)
             && listed(&self.authors, &event.pubkey)
             && self.kinds.as_ref().is_none_or(|kinds| kinds.contains(&event.kind))
@@ -89,11 +121,11 @@ impl Filter {
     }
 }
 
-fn list<T: Ord>(value: &Value, parse: impl Fn(&Value) -> Option<T>) -> Option<BTreeSet<T>> {
+fn list<T: Ord>(value: &Value, parse: impl Fn(&Value) -> Option<T>) -> Option<OneOf<T>> {
     value.as_array()?.iter().map(parse).collect()
 }
 
-fn hex_list(value: &Value) -> Option<BTreeSet<[u8; 32]>> {
+fn hex_list(value: &Value) -> Option<OneOf<[u8; 32]>> {
     list(value, |value| parse_lower_hex(value.as_str()?))
 }
 

@@ -9,6 +9,7 @@ mod information;
 mod limits;
 mod message;
 mod metrics;
+mod outbox;
 mod presence;
 mod recent;
 mod server;

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::connection::Outbox;
 use crate::event::Event;
 use crate::filter::Filter;
 use crate::message::relay_message;
+use crate::outbox::Outbox;
 use crate::presence::Audience;
 
 /// Up to so many pairs of kind and value, a filter is indexed by the pairs; beyond, by the values alone. Trystero
@@ -19,7 +19,7 @@ const MAX_PAIRS: usize = 64;
 pub(crate) struct Subscription {
     /// Tells subscriptions apart across the relay.
     serial: u64,
-    filters: Vec<Filter>,
+    filters: Box<[Filter]>,
     /// What stands before the event in a message to this subscription.
     pub(crate) prefix: Box<str>,
     /// The connection's queue.
@@ -50,7 +50,7 @@ impl Subscriptions {
     pub(crate) fn add(&self, id: &str, filters: Vec<Filter>, outbox: Arc<Outbox>) -> Arc<Subscription> {
         let subscription = Arc::new(Subscription {
             serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
-            filters,
+            filters: filters.into(),
             prefix: relay_message::event_prefix(id).into(),
             outbox,
         });
@@ -103,7 +103,8 @@ impl Subscriptions {
 impl Subscription {
     /// The values of `x` tags that the client asked for.
     pub(crate) fn topics(&self) -> impl Iterator<Item = &str> {
-        self.filters.iter().filter_map(|filter| filter.tags.get(&b'x')).flatten().map(AsRef::as_ref)
+        let tags = self.filters.iter().flat_map(|filter| filter.tags.iter());
+        tags.filter(|(letter, _)| *letter == b'x').flat_map(|(_, values)| values.iter()).map(AsRef::as_ref)
     }
 
     /// Whether an event is one that the client asked for.
@@ -138,12 +139,16 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::filter::OneOf;
 
     fn filters() -> impl Strategy<Value = Filter> {
-        let kinds = prop::option::of(prop::collection::btree_set(0..4u16, 0..3));
-        let values = || prop::collection::btree_set((0..3u8).prop_map(|value| value.to_string().into()), 0..3);
-        let tags = prop::collection::btree_map(b'a'..=b'c', values(), 0..3);
-        let authors = prop::option::of(prop::collection::btree_set((0..2u8).prop_map(|byte| [byte; 32]), 0..2));
+        let kinds = prop::option::of(prop::collection::vec(0..4u16, 0..3).prop_map(OneOf::from_iter));
+        let values = || prop::collection::vec((0..3u8).prop_map(|value| value.to_string().into()), 0..3);
+        let tags = prop::collection::btree_map(b'a'..=b'c', values().prop_map(OneOf::from_iter), 0..3)
+            .prop_map(|tags| tags.into_iter().collect());
+        let authors = prop::option::of(
+            prop::collection::vec((0..2u8).prop_map(|byte| [byte; 32]), 0..2).prop_map(OneOf::from_iter),
+        );
         (kinds, tags, authors).prop_map(|(kinds, tags, authors)| Filter { kinds, tags, authors, ..Filter::default() })
     }
 
@@ -169,7 +174,7 @@ mod tests {
             events in prop::collection::vec(events(), 1..8),
         ) {
             let subscriptions = Subscriptions::default();
-            let (outbox, _receiver) = Outbox::new();
+            let outbox = Arc::<Outbox>::default();
             let mut live: Vec<_> =
                 requests.into_iter().map(|filters| subscriptions.add("s", filters, Arc::clone(&outbox))).collect();
             for index in removed {
