@@ -154,6 +154,51 @@ pub(crate) async fn run(url: &str, shape: Shape, before: impl FnOnce()) -> anyho
     })
 }
 
+/// A calm room of ten, and, if `flooded`, one connection that says 20,000 events elsewhere as fast as it can. Also, how
+/// many of those were refused.
+pub(crate) async fn beside_a_flood(url: &str, flooded: bool) -> anyhow::Result<(Outcome, u64)> {
+    const FLOOD: usize = 20_000;
+    let calm = Shape { connections: 10, room: 10, events: 40, every: Some(Duration::from_millis(250)), padding: 0 };
+    let flood = async {
+        if !flooded {
+            return anyhow::Ok(0);
+        }
+        let keys = Keys::generate();
+        let mut messages = Vec::with_capacity(FLOOD);
+        for number in 0..FLOOD {
+            let event = EventBuilder::new(Kind::from(KIND), format!("flood {number}"))
+                .tag(Tag::parse(["x", "elsewhere"])?)
+                .finalize(&keys)?;
+            messages.push(Message::text(serde_json::json!(["EVENT", event]).to_string()));
+        }
+        let (mut sink, mut stream) = connect(url).await?.split();
+        let saying = tokio::spawn(async move {
+            for message in messages {
+                // Refusing to listen any longer is a relay's right.
+                if sink.send(message).await.is_err() {
+                    return sink;
+                }
+            }
+            sink
+        });
+        let (mut answers, mut refused) = (0, 0);
+        while answers < FLOOD
+            && let Some(Ok(message)) = stream.next().await
+        {
+            if let Message::Text(text) = message
+                && text.starts_with(r#"["OK""#)
+            {
+                answers += 1;
+                refused += u64::from(text.contains(",false,"));
+            }
+        }
+        drop(saying.await?);
+        Ok(refused)
+    };
+    let (calm, refused) = tokio::join!(run(url, calm, || ()), flood);
+    Ok((calm?, refused?))
+}
+
 /// What one client heard.
 struct Heard {
     /// From sending to receiving, in µs.

@@ -23,8 +23,6 @@ use crate::subscriptions::Subscription;
 
 /// Messages to a client that may wait in the write buffer for one flush of the socket.
 const BATCH_MESSAGES: usize = 64;
-/// A client that takes nothing of what is written for so long is cut off.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
 /// How often a client is asked whether it is still there.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 /// A client of which nothing was heard for so long is gone.
@@ -419,14 +417,14 @@ impl Connection {
 
     /// Writes a message. It leaves when nothing else is to be done at once, or when enough others wait with it.
     async fn send(&mut self, message: Message) -> ControlFlow<End> {
-        written(timeout(WRITE_TIMEOUT, self.socket.feed(message)).await)?;
+        written(timeout(self.relay.limits.stall, self.socket.feed(message)).await)?;
         self.unflushed += 1;
         if self.unflushed < BATCH_MESSAGES { ControlFlow::Continue(()) } else { self.flush().await }
     }
 
     async fn flush(&mut self) -> ControlFlow<End> {
         self.unflushed = 0;
-        written(timeout(WRITE_TIMEOUT, self.socket.flush()).await)
+        written(timeout(self.relay.limits.stall, self.socket.flush()).await)
     }
 }
 

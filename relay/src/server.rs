@@ -56,6 +56,8 @@ pub struct Limits {
     pub stored_events: usize,
     /// Leading zero bits that an event's id must have (NIP-13). Default 0.
     pub difficulty: u32,
+    /// A client that takes nothing of what is written to it for so long is cut off. Default 20 s.
+    pub stall: Duration,
 }
 
 impl Default for Limits {
@@ -70,6 +72,7 @@ impl Default for Limits {
             clock_skew_seconds: 60,
             stored_events: 500,
             difficulty: 0,
+            stall: Duration::from_secs(20),
         }
     }
 }

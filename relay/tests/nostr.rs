@@ -327,6 +327,76 @@ async fn a_client_that_reads_nothing_loses_events_that_are_counted_and_others_lo
 }
 
 #[tokio::test]
+async fn a_client_that_takes_nothing_is_cut_off_and_one_that_is_slow_is_not() {
+    let limits = Limits { stall: Duration::from_millis(500), ..Limits::default() };
+    let rates = Rates { bytes: 0, messages: 0, verifications: 0, ..Rates::default() };
+    let server = start_with(Config { limits, rates, ..config() }).await;
+    let stalled_clients = || -> f64 {
+        let families = server.telemetry().registry.gather();
+        let family = families.iter().find(|family| family.name() == "homeport_relay_disconnects_total");
+        let stalled = |metric: &&prometheus::proto::Metric| metric.get_label()[0].value() == "stalled";
+        family.map_or(0.0, |family| {
+            family.get_metric().iter().filter(stalled).map(|metric| metric.get_counter().get_value()).sum()
+        })
+    };
+    let mut stalled = Client::connect(&server).await;
+    stalled.subscribe("stalled", json!({ "#x": ["topic"] })).await;
+    let mut slow = Client::connect(&server).await;
+    slow.subscribe("slow", json!({ "#x": ["topic"] })).await;
+    let mut author = Client::connect(&server).await;
+    // More than all buffers hold, until the one that takes nothing has been cut off.
+    let mut heard = 0;
+    while stalled_clients() == 0.0 {
+        for number in 0..40 {
+            author.say(json!(["EVENT", event(20_001, "topic", &format!("{number:060000}"))])).await;
+            assert_eq!(author.hear().await[2], true);
+        }
+        // Far less than what comes: its socket is full all the time, for longer than the limit.
+        for _ in 0..4 {
+            assert_eq!(slow.hear().await[0], "EVENT");
+            heard += 1;
+        }
+    }
+    assert_eq!(stalled_clients(), 1.0);
+    assert!(heard > 0);
+    slow.hear_all().await;
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_clocks_say_hinders_no_live_event() {
+    let server = start(Limits::default()).await;
+    let (mut client, mut author) = (Client::connect(&server).await, Client::connect(&server).await);
+    client.subscribe("s", json!({ "kinds": [20_001], "#x": ["topic"] })).await;
+    let keys = Keys::generate();
+    let now = Timestamp::now().as_secs();
+    // The author's clock jumps to the ends of time and back, and its announces go on.
+    let moments = [now, 0, now + 86_400, u64::from(u32::MAX), now - 10_800, now + 1];
+    let mut last = Value::Null;
+    for (number, created_at) in moments.into_iter().enumerate() {
+        let announce = signed(&keys, 20_001, created_at, &[&["x", "topic"]], r#"{"peerId":"jumper"}"#);
+        author.say(json!(["EVENT", announce])).await;
+        assert_eq!(author.hear().await[2], true, "announce {number}");
+        let offer = signed(&keys, 20_001, created_at, &[&["x", "topic"]], &format!("offer {number}"));
+        author.say(json!(["EVENT", offer])).await;
+        assert_eq!(author.hear().await[2], true, "offer {number}");
+        last = announce;
+        loop {
+            let heard = client.hear().await;
+            if heard[2]["content"] == format!("offer {number}") {
+                break;
+            }
+            assert_eq!(heard[2]["content"], r#"{"peerId":"jumper"}"#);
+        }
+    }
+    // Whoever comes now hears what was said last, whatever its date.
+    let mut late = Client::connect(&server).await;
+    late.subscribe("s", json!({ "kinds": [20_001], "#x": ["topic"] })).await;
+    assert_eq!(late.hear_all().await, [json!(["EVENT", "s", last])]);
+    server.shutdown().await;
+}
+
+#[tokio::test]
 async fn who_is_too_fast_is_told_so_and_others_go_on() {
     let rates = Rates { messages: 20, ..Rates::default() };
     let server = start_with(Config { rates, ..config() }).await;
