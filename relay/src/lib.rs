@@ -5,6 +5,8 @@ mod admission;
 mod connection;
 mod event;
 mod filter;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod information;
 mod limits;
 mod message;
