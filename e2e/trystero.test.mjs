@@ -1,4 +1,5 @@
-// Trystero, unmodified, with our relay alone; then with our TURN server alone to carry its links.
+// Trystero, unmodified: with our relay alone, with our TURN server alone to carry its links, and with and without the
+// economy of announces.
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
@@ -56,4 +57,27 @@ test('with iceTransportPolicy "relay" our TURN server carries it all', async () 
   assert.ok(await homeport.metric('homeport_turn_allocations_total', 'created') >= 2);
   assert.ok(await homeport.metric('homeport_turn_relayed_bytes_total') > 1_000_000);
   for (const page of both) await page.context().close();
+});
+
+test('rooms of six are whole and equal with the economy of announces, without it, and with hardly any announce', async () => {
+  for (const [how, budget] of [['all announces', 0], ['the default budget', 50], ['one a second', 1]]) {
+    const own = await Homeport.start({ settings: { HOMEPORT_RELAY__ANNOUNCE_BUDGET: `${budget}` } });
+    try {
+      const six = await Promise.all(Array.from({ length: 6 }, () => openPage(browser, `${pages.url}/pages/trystero.html`)));
+      for (const page of six) await until(page, 'the page', () => window.loaded === true);
+      const start = Date.now();
+      for (const page of six.slice(0, 2)) await page.evaluate(url => window.start(url, [], false), own.relayUrl);
+      for (const page of six.slice(0, 2)) await until(page, 'a peer', () => window.state.peers.length === 1);
+      const two = Date.now() - start;
+      for (const page of six.slice(2)) await page.evaluate(url => window.start(url, [], false), own.relayUrl);
+      for (const page of six) await until(page, 'all peers', () => window.state.peers.length === 5);
+      console.log(`trystero, ${how}: two met after ${two} ms, all six after ${Date.now() - start} ms`);
+      // Nobody is taken for gone because little was heard of it: several announce periods later all are still there.
+      await new Promise(done => setTimeout(done, 10_000));
+      for (const page of six) assert.equal(await page.evaluate(() => Object.keys(window.room.getPeers()).length), 5);
+      for (const page of six) await page.context().close();
+    } finally {
+      await own.stop();
+    }
+  }
 });
