@@ -2,18 +2,16 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use axum::extract::State;
+use axum::extract::{ConnectInfo, State};
 use axum::http::{HeaderMap, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use turn_server::mint;
 
-/// How long credentials are good: longer than a tab is usually open.
-const CREDENTIAL_LIFETIME: Duration = Duration::from_secs(24 * 60 * 60);
+use crate::turn_credentials::TurnCredentials;
 
 /// What is known of the services when the relay starts.
 #[derive(Clone)]
@@ -22,48 +20,41 @@ pub(crate) struct ClientConfig {
     pub(crate) relay_url: Option<String>,
     /// Where the relay listens, to fall back on.
     pub(crate) relay_listen: SocketAddr,
-    /// Where TURN is, and the secret that mints credentials for it.
-    pub(crate) turn: Option<(SocketAddr, String)>,
+    /// Credentials for TURN, if there is a secret to make them with.
+    pub(crate) turn: Option<Arc<TurnCredentials>>,
 }
 
 impl ClientConfig {
-    /// The page, to be served by the relay.
+    /// The pages, to be served by the relay.
     pub(crate) fn routes(self) -> Router {
-        Router::new().route("/client-config.json", get(page)).with_state(Arc::new(self))
+        let credentials = self.turn.clone().map(TurnCredentials::routes).unwrap_or_default();
+        Router::new().route("/client-config.json", get(page)).with_state(Arc::new(self)).merge(credentials)
     }
 
     /// The configuration for a client that reached the relay as `host`.
-    fn document(&self, host: Option<&str>, now: SystemTime) -> Value {
+    fn document(&self, host: Option<&str>, turn: Value) -> Value {
         let relay = match (&self.relay_url, host) {
             (Some(url), _) => url.clone(),
             (None, Some(host)) => format!("ws://{host}"),
             (None, None) => format!("ws://{}", self.relay_listen),
         };
-        let turn: Vec<Value> = self
-            .turn
-            .iter()
-            .flat_map(|(address, secret)| {
-                let minted = mint(secret, "app", now, CREDENTIAL_LIFETIME);
-                let host = printed(address.ip());
-                let port = address.port();
-                [
-                    json!({ "urls": [format!("stun:{host}:{port}")] }),
-                    json!({
-                        "urls": [format!("turn:{host}:{port}?transport=udp")],
-                        "username": minted.username,
-                        "credential": minted.password,
-                    }),
-                ]
-            })
-            .collect();
         json!({ "relayUrls": [relay], "turnConfig": turn })
     }
 }
 
-async fn page(State(config): State<Arc<ClientConfig>>, headers: HeaderMap) -> Response {
+async fn page(
+    State(config): State<Arc<ClientConfig>>,
+    ConnectInfo(client): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
     let cross_origin = [(header::ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (header::CACHE_CONTROL, "no-store")];
-    (cross_origin, Json(config.document(host, SystemTime::now()))).into_response()
+    // Whoever gets no credentials still learns of the relay.
+    let turn = match &config.turn {
+        Some(turn) if turn.admits(client, &headers).is_ok() => turn.ice_servers(SystemTime::now()),
+        _ => json!([]),
+    };
+    (cross_origin, Json(config.document(host, turn))).into_response()
 }
 
 /// Whether text is a host with or without a port, and nothing else.
@@ -85,20 +76,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_client_is_told_of_relay_and_turn_as_it_reached_them() {
-        let config = ClientConfig {
-            relay_url: None,
-            relay_listen: "127.0.0.1:8080".parse().unwrap(),
-            turn: Some(("[2001:db8::1]:3478".parse().unwrap(), "north".into())),
-        };
-        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        let document = config.document(Some("relay.example.com:8080"), now);
-        assert_eq!(document["relayUrls"], json!(["ws://relay.example.com:8080"]));
-        assert_eq!(document["turnConfig"][1]["urls"], json!(["turn:[2001:db8::1]:3478?transport=udp"]));
-        assert_eq!(document["turnConfig"][1]["username"], "87400:app");
-        assert!(!document.to_string().contains("north"));
+    fn a_client_is_told_of_the_relay_as_it_reached_it() {
+        let config = ClientConfig { relay_url: None, relay_listen: "127.0.0.1:8080".parse().unwrap(), turn: None };
+        let document = config.document(Some("relay.example.com:8080"), json!([]));
+        assert_eq!(document, json!({ "relayUrls": ["ws://relay.example.com:8080"], "turnConfig": [] }));
         let public = ClientConfig { relay_url: Some("wss://relay.example.com".into()), ..config };
-        assert_eq!(public.document(Some("other"), now)["relayUrls"], json!(["wss://relay.example.com"]));
+        assert_eq!(public.document(Some("other"), json!([]))["relayUrls"], json!(["wss://relay.example.com"]));
     }
 
     #[test]

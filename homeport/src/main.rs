@@ -6,6 +6,7 @@ mod logging;
 mod run;
 mod settings;
 mod summary;
+mod turn_credentials;
 mod turn_secret;
 
 use std::path::PathBuf;

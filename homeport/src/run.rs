@@ -2,14 +2,16 @@
 
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use service::{MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::client_config::ClientConfig;
-use crate::settings::Settings;
-use crate::summary::Summary;
+use crate::client_config::{ClientConfig, printed};
+use crate::settings::{OneOrMany, Settings};
+use crate::summary::{Summary, TurnSummary};
+use crate::turn_credentials::{TurnCredentials, TurnPlace};
 use crate::turn_secret;
 
 /// Which services run in this process.
@@ -40,18 +42,23 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     }
 
     let credentials = settings.turn_credentials();
-    if services.turn && credentials.secret.is_none() && credentials.users.is_empty() {
+    if services.turn && credentials.secrets.is_empty() && credentials.users.is_empty() {
         if !services.seed {
             bail!("nobody could use this TURN server: set turn.secret or turn.users");
         }
-        settings.turn.secret = Some(turn_secret::load_or_create(&settings.seed.data)?);
+        let secret = turn_secret::load_or_create(&settings.seed.data)?;
+        settings.turn.secret = Some(OneOrMany::One(secret));
     }
     let mut summary = Summary::default();
     let mut telemetry: Vec<Telemetry> = Vec::new();
 
     let turn = if services.turn {
         let server = turn_server::Server::bind(settings.turn()?).await?;
-        summary.turn = Some((server.address(), server.external_ip()));
+        summary.turn = Some(TurnSummary {
+            external_ip: server.external_ip(),
+            port: server.address().port(),
+            tls_port: server.tls_address().map(|address| address.port()),
+        });
         telemetry.push(server.telemetry().clone());
         Some(server)
     } else {
@@ -122,21 +129,20 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
 }
 
 /// What apps are told of this process's services, and of those that the settings name.
-fn client_config(
-    settings: &Settings,
-    own_turn: Option<(SocketAddr, std::net::IpAddr)>,
-) -> anyhow::Result<ClientConfig> {
-    // Without a TURN server in this process, the settings tell of one: `auto` then means that it is on this machine.
-    let (listen, external) = match own_turn {
-        Some((listen, external)) => (listen, external),
-        None => (settings.turn.listen, settings.turn_external_ip()?.resolve(settings.turn.listen.ip()).0),
+fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> anyhow::Result<ClientConfig> {
+    let secret = settings.turn_credentials().secrets.first().cloned();
+    let turn = match secret {
+        Some(secret) => {
+            // Without a TURN server in this process, the settings tell of one: `auto` then means that it is on this
+            // machine.
+            let own = own_turn.map_or_else(|| settings.turn_place(), Ok)?;
+            let host = settings.turn.host.clone().unwrap_or_else(|| printed(own.external_ip));
+            let place = TurnPlace { host, port: own.port, tls_port: own.tls_port };
+            Some(Arc::new(TurnCredentials::new(place, secret, settings.credential_rules()?)))
+        }
+        None => None,
     };
-    let address = SocketAddr::new(external, listen.port());
-    Ok(ClientConfig {
-        relay_url: settings.relay.public_url.clone(),
-        relay_listen: settings.relay.listen,
-        turn: settings.turn.secret.clone().map(|secret| (address, secret)),
-    })
+    Ok(ClientConfig { relay_url: settings.relay.public_url.clone(), relay_listen: settings.relay.listen, turn })
 }
 
 /// The address under which this process reaches its own relay.

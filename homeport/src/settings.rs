@@ -9,10 +9,14 @@ use std::time::Duration;
 
 use figment::providers::Serialized;
 use figment::value::Dict;
+use ipnet::IpNet;
 use seed_peer::{Bounds, ExternalAddress, RelayKey};
 use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
-use turn_server::{Credentials, ExternalIp};
+use turn_server::{Credentials, ExternalIp, Quotas, TlsFiles};
+
+use crate::summary::TurnSummary;
+use crate::turn_credentials::CredentialRules;
 
 /// The file that is read when it is there and no other is named.
 const DEFAULT_FILE: &str = "homeport.toml";
@@ -84,16 +88,50 @@ pub(crate) struct TurnSettings {
     pub(crate) listen: SocketAddr,
     /// Where to listen for clients with TLS; used when `[tls]` is set.
     listen_tls: SocketAddr,
-    /// `auto`, an address, or `public/private`.
+    /// `auto`, an address, or `public/private`; or a list of these, for both families.
     external_ip: OneOrMany,
     /// The ports of allocations, as `first-last`.
     relay_ports: String,
     /// The realm of credentials.
     realm: String,
-    /// Mints time-limited credentials.
-    pub(crate) secret: Option<String>,
+    /// Mints time-limited credentials; of several, the first.
+    pub(crate) secret: Option<OneOrMany>,
     /// Static users and their passwords.
     users: BTreeMap<String, String>,
+    /// Networks of peers that are let through although they are private.
+    allow_peers: Vec<IpNet>,
+    /// Networks of peers that are refused.
+    deny_peers: Vec<IpNet>,
+    /// Allocations of one user, of one address and of all; 0 means no limit.
+    user_quota: usize,
+    address_quota: usize,
+    total_quota: usize,
+    /// Bytes a second of one allocation and of all; 0 means no limit.
+    max_bytes_per_second: u64,
+    total_bytes_per_second: u64,
+    /// The longest lifetime of an allocation that is not refreshed, in seconds.
+    max_lifetime: u32,
+    /// Seconds that allocations outlive a time-limited credential.
+    credential_grace: u32,
+    /// Answers a second to strangers at one address; 0 means no limit.
+    unauthenticated_per_second: u32,
+    /// TCP and TLS connections of one address, and of all.
+    address_connections: usize,
+    max_connections: usize,
+    /// Seconds that allocations live on at shutdown.
+    drain: u32,
+    /// Threads that relay; 0 means one for each core.
+    threads: usize,
+    /// The name under which apps reach the server; with TLS, one that the certificate is for.
+    pub(crate) host: Option<String>,
+    /// Seconds that credentials for apps are good.
+    pub(crate) credentials_lifetime: u32,
+    /// Whoever asks for credentials must show this as a bearer token.
+    pub(crate) credentials_token: Option<String>,
+    /// Pages of these origins may ask for credentials; `*` is all of them.
+    pub(crate) credentials_origins: Vec<String>,
+    /// How often one address may ask for credentials in a minute; 0 means no limit.
+    pub(crate) credentials_per_minute: u32,
 }
 
 impl fmt::Debug for TurnSettings {
@@ -104,9 +142,18 @@ impl fmt::Debug for TurnSettings {
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
-enum OneOrMany {
+pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
+}
+
+impl OneOrMany {
+    pub(crate) fn as_slice(&self) -> &[String] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
 }
 
 /// `[seed]`
@@ -172,8 +219,26 @@ pub(crate) struct MetricsSettings {
 }
 
 /// `[tls]`
-#[derive(Debug, Clone, Serialize, Deserialize)]
-struct TlsSettings {}
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct TlsSettings {
+    /// The certificate and those that lead to its root, in PEM.
+    cert: Option<PathBuf>,
+    /// The private key, in PEM.
+    key: Option<PathBuf>,
+    /// Certificates that are asked for by themselves.
+    acme: Option<Dict>,
+}
+
+impl TlsSettings {
+    fn files(&self) -> Result<TlsFiles, SettingsError> {
+        match (&self.cert, &self.key) {
+            (Some(cert), Some(key)) => Ok(TlsFiles { cert: cert.clone(), key: key.clone() }),
+            (None, _) => Err(SettingsError::of("tls.cert", "TLS needs the file of a certificate")),
+            (_, None) => Err(SettingsError::of("tls.key", "TLS needs the file of the certificate's key")),
+        }
+    }
+}
 
 /// All addresses of this machine, of both families.
 fn everywhere(port: u16) -> SocketAddr {
@@ -209,6 +274,7 @@ impl Default for RelaySettings {
 
 impl Default for TurnSettings {
     fn default() -> Self {
+        let limits = turn_server::Limits::default();
         Self {
             listen: everywhere(3478),
             listen_tls: everywhere(5349),
@@ -217,6 +283,25 @@ impl Default for TurnSettings {
             realm: "homeport".into(),
             secret: None,
             users: BTreeMap::new(),
+            allow_peers: Vec::new(),
+            deny_peers: Vec::new(),
+            user_quota: limits.allocations.user,
+            address_quota: limits.allocations.address,
+            total_quota: limits.allocations.total,
+            max_bytes_per_second: limits.allocation_bytes_per_second,
+            total_bytes_per_second: limits.total_bytes_per_second,
+            max_lifetime: 3_600,
+            credential_grace: 600,
+            unauthenticated_per_second: limits.unauthenticated_per_second,
+            address_connections: limits.address_connections,
+            max_connections: limits.connections,
+            drain: 0,
+            threads: 0,
+            host: None,
+            credentials_lifetime: 86_400,
+            credentials_token: None,
+            credentials_origins: vec!["*".into()],
+            credentials_per_minute: 60,
         }
     }
 }
@@ -280,8 +365,13 @@ impl Settings {
         if self.seed.identity.is_some() {
             return not_yet("seed.identity");
         }
-        if self.tls.is_some() {
-            return not_yet("tls");
+        if let Some(tls) = &self.tls
+            && tls.acme.is_none()
+        {
+            tls.files()?;
+        }
+        if self.tls.as_ref().is_some_and(|tls| tls.acme.is_some()) {
+            return not_yet("tls.acme");
         }
         if self.relay.admission == Admission::Rooms && self.seed.room.is_empty() {
             return Err(SettingsError::of("relay.admission", "\"rooms\" needs a [[seed.room]], or nobody is served"));
@@ -358,30 +448,68 @@ impl Settings {
 
     /// The TURN server's configuration.
     pub(crate) fn turn(&self) -> Result<turn_server::Config, SettingsError> {
+        let turn = &self.turn;
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
         Ok(turn_server::Config {
-            listen: self.turn.listen,
-            external_ip: self.turn_external_ip()?,
-            relay_ports: port_range(&self.turn.relay_ports)?,
-            realm: self.turn.realm.clone(),
+            listen: turn.listen,
+            listen_tls: turn.listen_tls,
+            tls: self.tls.as_ref().map(TlsSettings::files).transpose()?,
+            external_ips: self.turn_external_ips()?,
+            relay_ports: port_range(&turn.relay_ports)?,
+            realm: turn.realm.clone(),
             credentials: self.turn_credentials(),
+            limits: turn_server::Limits {
+                allocations: Quotas { user: turn.user_quota, address: turn.address_quota, total: turn.total_quota },
+                allocation_bytes_per_second: turn.max_bytes_per_second,
+                total_bytes_per_second: turn.total_bytes_per_second,
+                lifetime: seconds(turn.max_lifetime),
+                credential_grace: seconds(turn.credential_grace),
+                unauthenticated_per_second: turn.unauthenticated_per_second,
+                address_connections: turn.address_connections,
+                connections: turn.max_connections,
+                ..turn_server::Limits::default()
+            },
+            allow_peers: turn.allow_peers.clone(),
+            deny_peers: turn.deny_peers.clone(),
+            drain: seconds(turn.drain),
+            threads: turn.threads,
         })
     }
 
     /// Who may use the TURN server.
     pub(crate) fn turn_credentials(&self) -> Credentials {
-        Credentials { users: self.turn.users.clone(), secret: self.turn.secret.clone() }
+        let secrets = self.turn.secret.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        Credentials { users: self.turn.users.clone(), secrets: secrets.to_vec() }
     }
 
-    /// The address of allocations as set.
-    pub(crate) fn turn_external_ip(&self) -> Result<ExternalIp, SettingsError> {
-        let text = match &self.turn.external_ip {
-            OneOrMany::One(one) => one,
-            OneOrMany::Many(many) => match many.as_slice() {
-                [one] => one,
-                _ => return Err(SettingsError::of("turn.external_ip", "this version of homeport takes one address")),
-            },
-        };
-        text.parse().map_err(|error| SettingsError::of("turn.external_ip", error))
+    /// The addresses of allocations as set.
+    pub(crate) fn turn_external_ips(&self) -> Result<Vec<ExternalIp>, SettingsError> {
+        let texts = self.turn.external_ip.as_slice().iter();
+        texts.map(|text| text.parse().map_err(|error| SettingsError::of("turn.external_ip", error))).collect()
+    }
+
+    /// Where the TURN server of these settings is, if it runs elsewhere.
+    pub(crate) fn turn_place(&self) -> Result<TurnSummary, SettingsError> {
+        let addresses = turn_server::Addresses::resolve(&self.turn_external_ips()?, self.turn.listen.ip());
+        Ok(TurnSummary {
+            external_ip: addresses.main(),
+            port: self.turn.listen.port(),
+            tls_port: self.tls.as_ref().map(|_| self.turn.listen_tls.port()),
+        })
+    }
+
+    /// Who gets credentials for TURN.
+    pub(crate) fn credential_rules(&self) -> Result<CredentialRules, SettingsError> {
+        let header = self.relay.trusted_proxy_header.as_deref();
+        let proxy_header = header.map(axum::http::HeaderName::try_from).transpose();
+        Ok(CredentialRules {
+            lifetime: Duration::from_secs(self.turn.credentials_lifetime.into()),
+            token: self.turn.credentials_token.clone(),
+            origins: self.turn.credentials_origins.clone(),
+            per_minute: self.turn.credentials_per_minute,
+            proxy_header: proxy_header
+                .map_err(|_| SettingsError::of("relay.trusted_proxy_header", "that is no name of a header"))?,
+        })
     }
 
     /// The key that the seed signs its events to relays with: the one that is set, or a new one.
@@ -400,7 +528,15 @@ impl Settings {
     ) -> Result<seed_peer::Config, SettingsError> {
         let external = match &self.seed.external_ip {
             Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
-            None => self.turn_external_ip()?,
+            // The seed's links have one address; of several, that of IPv4.
+            None => {
+                let ips = self.turn_external_ips()?;
+                let is_v4 = |ip: &&ExternalIp| match ip {
+                    ExternalIp::Auto => false,
+                    ExternalIp::Address(public) | ExternalIp::Mapped { public, .. } => public.is_ipv4(),
+                };
+                ips.iter().find(is_v4).or(ips.first()).copied().unwrap_or_default()
+            }
         };
         let external = match external {
             ExternalIp::Auto => None,

@@ -11,14 +11,25 @@ use crate::client_config::printed;
 pub(crate) struct Summary {
     /// Where the relay listens, and its public address if set.
     pub(crate) relay: Option<(SocketAddr, Option<String>)>,
-    /// Where TURN listens, and the address of its allocations.
-    pub(crate) turn: Option<(SocketAddr, IpAddr)>,
+    /// Where TURN is.
+    pub(crate) turn: Option<TurnSummary>,
     /// Where links arrive, and the archive's folder.
     pub(crate) seed: Option<(SocketAddr, PathBuf)>,
     /// The rooms that the seed stays in.
     pub(crate) rooms: Vec<String>,
     /// Where metrics are.
     pub(crate) metrics: Option<SocketAddr>,
+}
+
+/// Where a TURN server is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct TurnSummary {
+    /// The address of its allocations.
+    pub(crate) external_ip: IpAddr,
+    /// The port of UDP and TCP.
+    pub(crate) port: u16,
+    /// The port of TLS.
+    pub(crate) tls_port: Option<u16>,
 }
 
 impl Summary {
@@ -32,8 +43,10 @@ impl Summary {
         if let Some((listen, public)) = &self.relay {
             row("relay", public.clone().unwrap_or_else(|| format!("ws://{}", reachable(*listen))));
         }
-        if let Some((listen, external)) = self.turn {
-            row("turn", format!("turn:{}:{} (UDP)", printed(external), listen.port()));
+        if let Some(TurnSummary { external_ip, port, tls_port }) = self.turn {
+            let host = printed(external_ip);
+            let tls = tls_port.map(|port| format!(", turns:{host}:{port}")).unwrap_or_default();
+            row("turn", format!("turn:{host}:{port} (UDP and TCP){tls}"));
         }
         if let Some((listen, data)) = &self.seed {
             row("seed", format!("UDP port {}, archive in {}", listen.port(), data.display()));
@@ -80,7 +93,7 @@ mod tests {
     fn the_summary_says_where_everything_is_and_what_to_paste() {
         let summary = Summary {
             relay: Some(("[::]:8080".parse().unwrap(), None)),
-            turn: Some(("[::]:3478".parse().unwrap(), "203.0.113.7".parse().unwrap())),
+            turn: Some(TurnSummary { external_ip: "203.0.113.7".parse().unwrap(), port: 3478, tls_port: Some(5349) }),
             seed: Some(("[::]:3479".parse().unwrap(), "homeport-data".into())),
             rooms: vec!["it's \"mine\"".into()],
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
@@ -89,6 +102,7 @@ mod tests {
         for expected in [
             "ws://127.0.0.1:8080",
             "turn:203.0.113.7:3478",
+            "turns:203.0.113.7:5349",
             "3479",
             "homeport-data",
             "http://127.0.0.1:9464/metrics",

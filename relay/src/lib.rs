@@ -19,7 +19,7 @@ mod store;
 mod subscriptions;
 
 pub use admission::Admission;
-pub use limits::Rates;
+pub use limits::{Rates, client_address};
 pub use presence::AnnounceEconomy;
 pub use server::{Config, Limits, Server, StartError};
 pub use store::{StoreConfig, StoreError};

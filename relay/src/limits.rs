@@ -1,10 +1,11 @@
 //! How much one client, and all clients of one address, may ask.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use axum::http::{HeaderMap, HeaderName};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 
 /// Rates of one client and of one address. 0 means no limit.
@@ -150,11 +151,17 @@ impl Drop for Admitted {
     }
 }
 
+/// Where a client comes from: as the header of a trusted proxy says, if there is one, else as the connection says.
+pub fn client_address(connection: SocketAddr, headers: &HeaderMap, trusted_header: Option<&HeaderName>) -> IpAddr {
+    let header = trusted_header.and_then(|name| headers.get(name)?.to_str().ok());
+    header.and_then(forwarded).unwrap_or(connection.ip())
+}
+
 /// The client's address in a header that a trusted proxy sets: the last one, which the proxy itself added.
-pub(crate) fn forwarded(header: &str) -> Option<IpAddr> {
+fn forwarded(header: &str) -> Option<IpAddr> {
     let last = header.rsplit(',').next()?.trim();
     let bare = last.strip_prefix('[').and_then(|rest| rest.split(']').next()).unwrap_or(last);
-    bare.parse().ok().or_else(|| last.parse::<std::net::SocketAddr>().ok().map(|address| address.ip()))
+    bare.parse().ok().or_else(|| last.parse::<SocketAddr>().ok().map(|address| address.ip()))
 }
 
 #[cfg(test)]

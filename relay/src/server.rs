@@ -288,8 +288,7 @@ impl Accepted {
 impl Relay {
     /// Where a client comes from: as a trusted proxy says, else as the connection says.
     fn origin(&self, address: SocketAddr, headers: &HeaderMap) -> Origin {
-        let header = self.proxy_header.as_ref().and_then(|name| headers.get(name)?.to_str().ok());
-        Origin::of(header.and_then(limits::forwarded).unwrap_or(address.ip()))
+        Origin::of(limits::client_address(address, headers, self.proxy_header.as_ref()))
     }
 
     /// A number that tells a connection from all others.

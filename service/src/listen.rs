@@ -56,6 +56,68 @@ pub fn udp(setting: &'static str, address: SocketAddr) -> Result<std::net::UdpSo
     dual_stack(address, bind).map_err(|source| BindError { setting, address, protocol: "UDP", source })
 }
 
+/// Binds `count` UDP sockets, non-blocking, to one address that nobody else has; the system spreads clients over them.
+/// `[::]` takes IPv4 as well, also on machines without IPv6.
+///
+/// # Errors
+/// [`BindError`], naming `setting`.
+pub fn udp_shared(
+    setting: &'static str,
+    address: SocketAddr,
+    count: usize,
+) -> Result<Vec<std::net::UdpSocket>, BindError> {
+    shared(address, count, Type::DGRAM, Protocol::UDP, |_| Ok(()))
+        .map(|sockets| sockets.into_iter().map(Into::into).collect())
+        .map_err(|source| BindError { setting, address, protocol: "UDP", source })
+}
+
+/// Listens for TCP connections on `count` sockets, non-blocking, of one address that nobody else has; the system
+/// spreads connections over them. `[::]` takes IPv4 as well, also on machines without IPv6.
+///
+/// # Errors
+/// [`BindError`], naming `setting`.
+pub fn tcp_shared(
+    setting: &'static str,
+    address: SocketAddr,
+    count: usize,
+) -> Result<Vec<std::net::TcpListener>, BindError> {
+    shared(address, count, Type::STREAM, Protocol::TCP, |socket| socket.listen(1024))
+        .map(|sockets| sockets.into_iter().map(Into::into).collect())
+        .map_err(|source| BindError { setting, address, protocol: "TCP", source })
+}
+
+fn shared(
+    address: SocketAddr,
+    count: usize,
+    kind: Type,
+    protocol: Protocol,
+    then: impl Fn(&Socket) -> io::Result<()>,
+) -> io::Result<Vec<Socket>> {
+    // A socket that shares its port shares it with other programs of this user as well. So first one that does not:
+    // it fails where somebody else is, and finds a port where any will do.
+    let address = dual_stack(address, |address| {
+        let socket = open(address, kind, protocol)?;
+        if protocol == Protocol::TCP {
+            socket.set_reuse_address(true)?;
+        }
+        socket.bind(&address.into())?;
+        // Of TCP, only one that listens is in the way of others.
+        then(&socket)?;
+        socket.local_addr()?.as_socket().ok_or_else(|| io::ErrorKind::Unsupported.into())
+    })?;
+    let bind = || {
+        let socket = open(address, kind, protocol)?;
+        if protocol == Protocol::TCP {
+            socket.set_reuse_address(true)?;
+        }
+        socket.set_reuse_port(true)?;
+        socket.bind(&address.into())?;
+        then(&socket)?;
+        Ok(socket)
+    };
+    (0..count).map(|_| bind()).collect()
+}
+
 fn open(address: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
     socket.set_nonblocking(true)?;
@@ -95,6 +157,20 @@ mod tests {
         let first = udp("turn.listen", "127.0.0.1:0".parse().unwrap()).unwrap();
         let message = udp("turn.listen", first.local_addr().unwrap()).unwrap_err().to_string();
         assert!(message.contains("UDP") && message.contains("turn.listen"), "{message}");
+    }
+
+    #[tokio::test]
+    async fn sockets_share_a_port_with_each_other_and_with_nobody_else() {
+        let address = "127.0.0.1:0".parse().unwrap();
+        let sockets = udp_shared("turn.listen", address, 3).unwrap();
+        let port = sockets[0].local_addr().unwrap();
+        assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == port));
+        assert!(udp_shared("turn.listen", port, 2).is_err());
+        let listeners = tcp_shared("turn.listen", address, 3).unwrap();
+        let port = listeners[0].local_addr().unwrap();
+        assert!(tcp_shared("turn.listen", port, 2).is_err());
+        drop(listeners);
+        tcp_shared("turn.listen", port, 2).unwrap();
     }
 
     #[tokio::test]

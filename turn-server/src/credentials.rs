@@ -2,33 +2,27 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, Mac as _};
 use sha1::Sha1;
-use turn::auth::{AuthHandler, generate_auth_key};
-
-use crate::metrics::Metrics;
 
 /// The users of the server. Debug output shows no secret.
 #[derive(Clone, Default)]
 pub struct Credentials {
     /// Static long-term credentials: user name to password.
     pub users: BTreeMap<String, String>,
-    /// The secret of time-limited credentials: user name `<expiry>:<name>`, password
-    /// `base64(HMAC-SHA1(secret, user name))`, where the expiry is in seconds since the Unix epoch.
-    pub secret: Option<String>,
+    /// The secrets of time-limited credentials: user name `<expiry>:<name>`, password
+    /// `base64(HMAC-SHA1(secret, user name))`, where the expiry is in seconds since the Unix epoch. Any of them will do,
+    /// so that a new one can come before the old one goes.
+    pub secrets: Vec<String>,
 }
 
 impl fmt::Debug for Credentials {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credentials")
-            .field("users", &self.users.len())
-            .field("secret", &self.secret.as_ref().map(|_| "…"))
-            .finish()
+        f.debug_struct("Credentials").field("users", &self.users.len()).field("secrets", &self.secrets.len()).finish()
     }
 }
 
@@ -63,41 +57,38 @@ pub(crate) enum Denied {
     Expired,
 }
 
+/// A user who may come in with one of these passwords.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct User {
+    /// One, or as many as there are secrets.
+    pub(crate) passwords: Vec<String>,
+    /// When the credential ends, in seconds since the Unix epoch; static ones never do.
+    pub(crate) expires: Option<u64>,
+}
+
 impl Credentials {
-    /// The password of `username` at `now`.
-    pub(crate) fn password(&self, username: &str, now: SystemTime) -> Result<String, Denied> {
+    /// Who `username` is at `unix` seconds since the epoch. One that has expired is let in for `grace` more seconds.
+    pub(crate) fn find(&self, username: &str, unix: u64, grace: u64) -> Result<User, Denied> {
         if let Some(password) = self.users.get(username) {
-            return Ok(password.clone());
+            return Ok(User { passwords: vec![password.clone()], expires: None });
         }
-        let secret = self.secret.as_deref().ok_or(Denied::UnknownUser)?;
+        if self.secrets.is_empty() {
+            return Err(Denied::UnknownUser);
+        }
         let expiry = username.split(':').next().unwrap_or_default();
         let expiry: u64 = expiry.parse().map_err(|_| Denied::UnknownUser)?;
-        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        if expiry < now {
+        if expiry.saturating_add(grace) < unix {
             return Err(Denied::Expired);
         }
-        Ok(password_of(secret, username))
+        let passwords = self.secrets.iter().map(|secret| password_of(secret, username)).collect();
+        Ok(User { passwords, expires: Some(expiry) })
     }
-}
 
-/// Answers the engine's question for a user's key.
-pub(crate) struct Authenticator {
-    pub(crate) credentials: Credentials,
-    pub(crate) metrics: Metrics,
-}
-
-impl AuthHandler for Authenticator {
-    fn auth_handle(&self, username: &str, realm: &str, _source: SocketAddr) -> Result<Vec<u8>, turn::Error> {
-        match self.credentials.password(username, SystemTime::now()) {
-            Ok(password) => Ok(generate_auth_key(username, realm, &password)),
-            Err(denied) => {
-                let reason = match denied {
-                    Denied::UnknownUser => "unknown_user",
-                    Denied::Expired => "expired",
-                };
-                self.metrics.auth_failures.with_label_values(&[reason]).inc();
-                Err(turn::Error::ErrNoSuchUser)
-            }
+    /// What counts as one user for quotas: the name without the expiry.
+    pub(crate) fn name_of<'a>(&self, username: &'a str) -> &'a str {
+        match username.split_once(':') {
+            Some((expiry, name)) if !self.users.contains_key(username) && expiry.parse::<u64>().is_ok() => name,
+            _ => username,
         }
     }
 }
@@ -114,11 +105,15 @@ mod tests {
     fn minted_credentials_hold_until_they_expire() {
         let minted = mint("north", "app", at(1_000), Duration::from_secs(60));
         assert_eq!(minted.username, "1060:app");
-        let server = Credentials { secret: Some("north".into()), ..Credentials::default() };
-        assert_eq!(server.password("1060:app", at(1_060)).as_ref(), Ok(&minted.password));
-        assert_eq!(server.password("1060:app", at(1_061)), Err(Denied::Expired));
-        let other = Credentials { secret: Some("south".into()), ..Credentials::default() };
-        assert_ne!(other.password("1060:app", at(1_000)), Ok(minted.password));
+        let server = Credentials { secrets: vec!["new".into(), "north".into()], ..Credentials::default() };
+        let user = server.find("1060:app", 1_060, 0).unwrap();
+        assert!(user.passwords.contains(&minted.password) && user.passwords.len() == 2);
+        assert_eq!(user.expires, Some(1_060));
+        assert_eq!(server.find("1060:app", 1_061, 0).err(), Some(Denied::Expired));
+        assert!(server.find("1060:app", 1_070, 10).is_ok());
+        assert_eq!(server.name_of("1060:app"), "app");
+        let other = Credentials { secrets: vec!["south".into()], ..Credentials::default() };
+        assert!(!other.find("1060:app", 1_000, 0).unwrap().passwords.contains(&minted.password));
     }
 
     #[test]
@@ -130,10 +125,11 @@ mod tests {
     #[test]
     fn static_users_have_their_password_and_others_none() {
         let users = BTreeMap::from([("alice".to_owned(), "pass".to_owned())]);
-        let server = Credentials { users, secret: None };
-        assert_eq!(server.password("alice", at(0)).as_deref(), Ok("pass"));
+        let server = Credentials { users, secrets: Vec::new() };
+        let alice = server.find("alice", 0, 0).unwrap();
+        assert_eq!((alice.passwords, alice.expires), (vec!["pass".to_owned()], None));
         for unknown in ["bob", "", "1060:app", "99999999999999999999:x"] {
-            assert_eq!(server.password(unknown, at(0)), Err(Denied::UnknownUser), "{unknown}");
+            assert_eq!(server.find(unknown, 0, 0).err(), Some(Denied::UnknownUser), "{unknown}");
         }
         assert!(!format!("{server:?}").contains("pass"));
     }

@@ -1,16 +1,29 @@
-//! A STUN and TURN server on UDP (RFC 8489, RFC 8656), with static users and time-limited credentials.
+//! A STUN and TURN server (RFC 8489, RFC 8656) over UDP, TCP and TLS, with static users and time-limited credentials.
 //!
-//! The first engine is that of the `turn` crate; what stands around it here (settings, credentials, sockets,
-//! metrics, the filter on peers) stays when it is replaced behind [`Server::bind`].
+//! [`Server::bind`] starts it. Inside, the engine knows what messages mean, without sockets and clocks; around it, one
+//! thread for each core has the sockets.
 
-mod client_socket;
+mod batch;
+mod bucket;
 mod credentials;
+mod engine;
 mod external;
+mod frame;
+#[cfg(fuzzing)]
+pub mod fuzzing;
+mod message;
 mod metrics;
+mod nonce;
 mod peer_filter;
-mod relay_socket;
+mod quotas;
 mod server;
+mod sockets;
+mod stream;
+mod tls;
+mod worker;
 
 pub use credentials::{Credentials, Minted, mint};
-pub use external::{ExternalIp, ExternalIpError};
-pub use server::{Config, Server, StartError};
+pub use external::{Addresses, ExternalIp, ExternalIpError, OwnAddress};
+pub use quotas::Quotas;
+pub use server::{Config, Limits, Server, StartError};
+pub use tls::{TlsError, TlsFiles};

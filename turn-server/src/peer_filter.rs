@@ -2,6 +2,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use ipnet::IpNet;
+
 /// Ranges of addresses that are not of the public internet (IANA's special-purpose registries), by first address
 /// and prefix length.
 const SPECIAL_V4: &[(Ipv4Addr, u8)] = &[
@@ -23,20 +25,27 @@ const SPECIAL_V4: &[(Ipv4Addr, u8)] = &[
 ];
 
 /// Decides which peers are refused.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct PeerFilter {
     /// The special range that the server itself is in: a server on a LAN serves that LAN.
     own: Option<(Ipv4Addr, u8)>,
     own_v6: Option<Ipv6Addr>,
+    allow: Vec<IpNet>,
+    deny: Vec<IpNet>,
 }
 
 impl PeerFilter {
-    /// The filter of a server whose relayed addresses are `own`.
-    pub(crate) fn of_server_at(own: IpAddr) -> Self {
-        match own.to_canonical() {
-            IpAddr::V4(address) => Self { own: special_range(address), own_v6: None },
-            IpAddr::V6(address) => Self { own: None, own_v6: Some(address).filter(|own| !is_global_v6(*own)) },
+    /// The filter of a server whose relayed addresses are `own`. What is in `deny` is refused, what is in `allow` is
+    /// not, and the rest is refused when it is in a special range that the server is not in.
+    pub(crate) fn new(own: impl IntoIterator<Item = IpAddr>, allow: &[IpNet], deny: &[IpNet]) -> Self {
+        let mut filter = Self { allow: allow.to_vec(), deny: deny.to_vec(), ..Self::default() };
+        for own in own {
+            match own.to_canonical() {
+                IpAddr::V4(address) => filter.own = filter.own.or(special_range(address)),
+                IpAddr::V6(address) => filter.own_v6 = Some(address).filter(|own| !is_global_v6(*own)),
+            }
         }
+        filter
     }
 
     /// Whether the server is itself in a special range, which is then open to its users.
@@ -46,7 +55,14 @@ impl PeerFilter {
 
     /// Whether `peer` may be talked to.
     pub(crate) fn allows(&self, peer: IpAddr) -> bool {
-        match peer.to_canonical() {
+        let peer = peer.to_canonical();
+        if self.deny.iter().any(|net| net.contains(&peer)) {
+            return false;
+        }
+        if self.allow.iter().any(|net| net.contains(&peer)) {
+            return true;
+        }
+        match peer {
             IpAddr::V4(address) => match special_range(address) {
                 None => true,
                 range => range == self.own,
@@ -82,7 +98,7 @@ mod tests {
     use super::*;
 
     fn allows(own: &str, peer: &str) -> bool {
-        PeerFilter::of_server_at(own.parse().unwrap()).allows(peer.parse().unwrap())
+        PeerFilter::new([own.parse().unwrap()], &[], &[]).allows(peer.parse().unwrap())
     }
 
     #[test]
@@ -123,5 +139,25 @@ mod tests {
         assert!(!allows("192.168.1.5", "169.254.169.254"));
         assert!(allows("127.0.0.1", "127.0.0.1"));
         assert!(allows("fd00::2", "fd00::7") && !allows("fd00::2", "fd01::7") && !allows("fd00::2", "::1"));
+    }
+
+    #[test]
+    fn lists_of_the_owner_come_before_what_is_usual() {
+        let nets = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<IpNet>>();
+        let allow = nets(&["10.1.0.0/16", "fd00::/8"]);
+        let deny = nets(&["8.8.8.0/24", "10.1.2.0/24"]);
+        let filter = PeerFilter::new(["9.9.9.9".parse().unwrap()], &allow, &deny);
+        for (peer, allowed) in [
+            ("10.1.1.1", true),
+            ("::ffff:10.1.1.1", true),
+            ("10.1.2.3", false),
+            ("10.2.0.1", false),
+            ("8.8.8.8", false),
+            ("8.8.4.4", true),
+            ("fd12::1", true),
+            ("::1", false),
+        ] {
+            assert_eq!(filter.allows(peer.parse().unwrap()), allowed, "{peer}");
+        }
     }
 }
