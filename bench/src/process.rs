@@ -1,101 +1,29 @@
-//! The relay under test: a process, and what it costs.
+//! A process under test, and what it costs.
 
 use std::fs;
-use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 
-/// A relay that can be started.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Contender {
-    pub(crate) name: String,
-    /// Program and arguments; `{port}` stands for the port to listen on.
-    command: Vec<String>,
-    /// Of a Homeport, which can be given settings.
-    pub(crate) is_homeport: bool,
-}
+/// A process of the benchmark's own; ended when dropped.
+#[derive(Debug)]
+pub(crate) struct Process(Child);
 
-impl Contender {
-    /// The Homeport binary at `path`.
-    pub(crate) fn homeport(path: &str) -> Self {
-        Self { name: "homeport".to_owned(), command: vec![path.to_owned(), "relay".to_owned()], is_homeport: true }
-    }
-}
-
-/// `name=command with {port}`
-impl std::str::FromStr for Contender {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (name, command) = text.split_once('=').ok_or("expected name=command")?;
-        let command: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
-        if !command.iter().any(|part| part.contains("{port}")) {
-            return Err("the command must say where {port} goes".to_owned());
-        }
-        Ok(Self { name: name.to_owned(), command, is_homeport: false })
-    }
-}
-
-/// A running relay of the benchmark's own; ended when dropped.
-pub(crate) struct Relay {
-    child: Child,
-    /// Where it listens.
-    pub(crate) url: String,
-}
-
-impl Relay {
-    /// Starts a contender; settings are for a Homeport, in its environment.
-    pub(crate) fn start(contender: &Contender, settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        if contender.is_homeport { Self::start_homeport(contender, settings) } else { Self::start_other(contender) }
+impl Process {
+    /// Starts a command, whose output goes nowhere.
+    pub(crate) fn start(command: &mut Command) -> anyhow::Result<Self> {
+        let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        Ok(Self(child.with_context(|| format!("cannot start {}", command.get_program().display()))?))
     }
 
-    fn start_homeport(contender: &Contender, settings: &[(&str, &str)]) -> anyhow::Result<Self> {
-        let mut child = Command::new(&contender.command[0])
-            .args(&contender.command[1..])
-            .env("HOMEPORT_RELAY__LISTEN", "127.0.0.1:0")
-            .env("HOMEPORT_METRICS__LISTEN", "127.0.0.1:0")
-            .env("HOMEPORT_RELAY__MAX_CONNECTIONS", "20000")
-            .envs(settings.iter().copied())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("cannot start {}", contender.command[0]))?;
-        let stdout = child.stdout.take().context("no output")?;
-        for line in BufReader::new(stdout).lines() {
-            if let Some(url) = line?.trim().strip_prefix("relay") {
-                return Ok(Self { child, url: url.trim().to_owned() });
-            }
-        }
-        anyhow::bail!("the relay did not start")
-    }
-
-    fn start_other(contender: &Contender) -> anyhow::Result<Self> {
-        const PATIENCE: Duration = Duration::from_secs(20);
-        // Free a moment ago, and nobody else here takes ports.
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let command: Vec<String> =
-            contender.command.iter().map(|part| part.replace("{port}", &port.to_string())).collect();
-        let child = Command::new(&command[0])
-            .args(&command[1..])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .with_context(|| format!("cannot start {}", command[0]))?;
-        let relay = Self { child, url: format!("ws://127.0.0.1:{port}/") };
-        let deadline = Instant::now() + PATIENCE;
-        // A program of somebody else's tells nothing when it listens: it can only be asked.
-        while TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_err() {
-            anyhow::ensure!(Instant::now() < deadline, "{} does not listen", contender.name);
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(relay)
+    /// Takes a process that runs already.
+    pub(crate) fn of(child: Child) -> Self {
+        Self(child)
     }
 
     /// CPU seconds that the process has used.
     pub(crate) fn cpu_seconds(&self) -> anyhow::Result<f64> {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
         // Behind the name, which may hold anything, utime and stime are the 12th and 13th fields, in hundredths.
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
         let ticks = |index: usize| -> anyhow::Result<f64> { Ok(fields.get(index).context("short stat")?.parse()?) };
@@ -104,16 +32,16 @@ impl Relay {
 
     /// Resident memory in KiB.
     pub(crate) fn resident_kib(&self) -> anyhow::Result<f64> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
         Ok(line.trim().trim_end_matches("kB").trim().parse()?)
     }
 }
 
-impl Drop for Relay {
+impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended already; either way it is gone afterwards.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }

@@ -2,14 +2,15 @@
 //!
 //! `cargo run --release --package bench --bin bench-relay` prints a Markdown report; build `homeport` in release first.
 
+mod contender;
 mod load;
 mod process;
 
 use std::time::Duration;
 
 use clap::Parser;
+use contender::{Contender, Relay};
 use load::{Outcome, Shape};
-use process::{Contender, Relay};
 
 /// Measures the relay, and prints a Markdown report.
 #[derive(Debug, Parser)]
@@ -146,8 +147,8 @@ async fn median(cli: &Cli, contender: &Contender, shape: Shape, settings: &[(&st
     for _ in 0..cli.runs {
         let relay = Relay::start(contender, settings)?;
         let mut before = Ok(0.0);
-        let outcome = load::run(&relay.url, shape, || before = relay.cpu_seconds()).await?;
-        let cpu_seconds = relay.cpu_seconds()? - before?;
+        let outcome = load::run(&relay.url, shape, || before = relay.process.cpu_seconds()).await?;
+        let cpu_seconds = relay.process.cpu_seconds()? - before?;
         runs.push(Measured { outcome, cpu_seconds });
     }
     runs.sort_by(|one, other| one.cpu_seconds.total_cmp(&other.cpu_seconds));
@@ -157,12 +158,12 @@ async fn median(cli: &Cli, contender: &Contender, shape: Shape, settings: &[(&st
 /// KiB of resident memory that one idle, subscribed connection costs.
 async fn idle(contender: &Contender, connections: u64) -> anyhow::Result<f64> {
     let relay = Relay::start(contender, &[])?;
-    let before = relay.resident_kib()?;
+    let before = relay.process.resident_kib()?;
     let mut sockets = Vec::new();
     for number in 0..connections {
         sockets.push(load::subscribe(&relay.url, &format!("idle-{}", number / 10)).await?);
     }
-    let after = relay.resident_kib()?;
+    let after = relay.process.resident_kib()?;
     drop(sockets);
     Ok((after - before) / connections as f64)
 }

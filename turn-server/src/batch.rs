@@ -1,7 +1,7 @@
 //! Datagrams that wait to be sent together: a run of equal size to one target leaves with one system call (GSO).
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use quinn_udp::{Transmit, UdpSockRef, UdpSocketState};
 
@@ -69,18 +69,23 @@ impl Batch {
     }
 
     /// Sends what waits, through the socket of its route; returns how many datagrams that were.
-    pub(crate) fn send(&mut self, socket: UdpSockRef<'_>, state: &UdpSocketState) -> (u64, io::Result<()>) {
+    pub(crate) fn send(&mut self, socket: &UdpSocket, state: &UdpSocketState) -> (u64, io::Result<()>) {
         let Some(route) = self.route.take() else { return (0, Ok(())) };
-        let result = state.try_send(
-            socket,
-            &Transmit {
-                destination: route.to,
-                ecn: None,
-                contents: &self.bytes,
-                segment_size: (self.count > 1).then_some(self.segment),
-                src_ip: route.from,
-            },
-        );
+        let result = if self.count == 1 && route.from.is_none() {
+            // The plain call is the cheaper one where there is nothing to say but where to.
+            socket.send_to(&self.bytes, route.to).map(drop)
+        } else {
+            state.try_send(
+                UdpSockRef::from(socket),
+                &Transmit {
+                    destination: route.to,
+                    ecn: None,
+                    contents: &self.bytes,
+                    segment_size: (self.count > 1).then_some(self.segment),
+                    src_ip: route.from,
+                },
+            )
+        };
         let count = u64::try_from(self.count).unwrap_or_default();
         self.bytes.clear();
         self.count = 0;
@@ -138,14 +143,14 @@ mod tests {
         for length in [100_usize, 100, 100, 40, 100, 1, 0, 0, 7] {
             let payload = vec![u8::try_from(length).unwrap(); length];
             if !batch.takes(&route, length, state.max_gso_segments()) {
-                let (count, result) = batch.send((&sender).into(), &state);
+                let (count, result) = batch.send(&sender, &state);
                 result.unwrap();
                 datagrams += count;
             }
             batch.push(route, &[&payload]);
             sent.push(payload);
         }
-        datagrams += batch.send((&sender).into(), &state).0;
+        datagrams += batch.send(&sender, &state).0;
         assert_eq!(datagrams, 9);
         let mut buffer = [0; 200];
         for payload in sent {

@@ -257,6 +257,10 @@ impl Engine {
         self.flow = Flow::default();
     }
 
+    pub(crate) fn has_unpublished(&self) -> bool {
+        self.flow.to_peers.packets > 0 || self.flow.from_peers.packets > 0
+    }
+
     /// When [`Self::expire`] has something to do.
     pub(crate) fn deadline(&self) -> Option<Instant> {
         self.deadlines.first().map(|(deadline, _)| *deadline)

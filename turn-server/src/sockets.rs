@@ -216,10 +216,6 @@ impl Sockets {
     pub(crate) fn flush(&mut self) -> Vec<(usize, End)> {
         self.flush_to_peers();
         self.flush_to_clients();
-        if self.sent_to_clients > 0 {
-            self.metrics.client_packets.with_label_values(&["to_client"]).inc_by(self.sent_to_clients);
-            self.sent_to_clients = 0;
-        }
         let mut ended = Vec::new();
         while let Some(index) = self.unwritten.pop() {
             if let Err(end) = self.write_stream(index) {
@@ -227,6 +223,18 @@ impl Sockets {
             }
         }
         ended
+    }
+
+    /// Brings the metrics of what was sent up to date.
+    pub(crate) fn publish_flow(&mut self) {
+        if self.sent_to_clients > 0 {
+            self.metrics.client_packets.with_label_values(&["to_client"]).inc_by(self.sent_to_clients);
+            self.sent_to_clients = 0;
+        }
+    }
+
+    pub(crate) fn has_unpublished(&self) -> bool {
+        self.sent_to_clients > 0
     }
 
     /// Writes what waits for a stream, and asks to be told when its socket takes more.
@@ -246,7 +254,7 @@ impl Sockets {
         let Some(route) = self.to_peers.route() else { return };
         match self.relays.get(route.socket) {
             Some(relay) => {
-                let (count, result) = self.to_peers.send((&relay.datagrams.socket).into(), &relay.datagrams.state);
+                let (count, result) = self.to_peers.send(&relay.datagrams.socket, &relay.datagrams.state);
                 if let Err(error) = result {
                     tracing::debug!(%error, "sending to a peer");
                     self.metrics.drops.with_label_values(&["to_peer"]).inc_by(count);
@@ -260,7 +268,7 @@ impl Sockets {
         let Some(route) = self.to_clients.route() else { return };
         match self.clients.get(route.socket) {
             Some(datagrams) => {
-                let (count, result) = self.to_clients.send((&datagrams.socket).into(), &datagrams.state);
+                let (count, result) = self.to_clients.send(&datagrams.socket, &datagrams.state);
                 match result {
                     Ok(()) => self.sent_to_clients += count,
                     Err(error) => {

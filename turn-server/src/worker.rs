@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use prometheus::local::LocalHistogram;
 use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSockRef};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustls::{ServerConfig, ServerConnection};
@@ -28,6 +29,8 @@ const EVENTS: usize = 256;
 const ACCEPTS_IN_A_ROW: usize = 64;
 /// Reads of one stream in a row.
 const READS_IN_A_ROW: usize = 8;
+/// How often counts of packets go into the metrics.
+const PUBLISH: Duration = Duration::from_millis(100);
 /// How often streams and reservations are looked at for what takes too long.
 const SWEEP: Duration = Duration::from_secs(1);
 /// A client that has connected must say something within this time, its TLS handshake included.
@@ -93,7 +96,10 @@ pub(crate) struct Worker {
     mailbox: Mailbox,
     metrics: Metrics,
     receive: Receive,
+    /// Messages of clients that are not in the metrics yet.
+    from_clients: u64,
     swept: Instant,
+    published: Instant,
     drain_until: Option<Instant>,
 }
 
@@ -101,17 +107,23 @@ pub(crate) struct Worker {
 struct Receive {
     buffer: Vec<u8>,
     meta: Vec<RecvMeta>,
+    /// Buffers that are offered to the system: preparing each costs, so one more than were needed last time.
+    offered: usize,
+    /// Datagrams that came in batches, by size of the batch, for the metrics.
+    batches: LocalHistogram,
 }
 
 impl Receive {
-    /// Receives a batch, and returns how many buffers have something.
-    fn batch(&mut self, datagrams: &Datagrams) -> io::Result<usize> {
-        let mut buffers = [const { None }; BATCH_SIZE];
-        for (slot, chunk) in buffers.iter_mut().zip(self.buffer.chunks_mut(RECEIVE_BUFFER)) {
-            *slot = Some(IoSliceMut::new(chunk));
-        }
-        let mut buffers: Vec<IoSliceMut<'_>> = buffers.into_iter().flatten().collect();
-        datagrams.state.recv(UdpSockRef::from(&datagrams.socket), &mut buffers, &mut self.meta)
+    /// Receives a batch. Returns how many buffers have something, and whether there may be more.
+    fn batch(&mut self, datagrams: &Datagrams) -> io::Result<(usize, bool)> {
+        let mut chunks = self.buffer.chunks_mut(RECEIVE_BUFFER);
+        let mut buffers: [IoSliceMut<'_>; BATCH_SIZE] =
+            std::array::from_fn(|_| IoSliceMut::new(chunks.next().unwrap_or_default()));
+        let buffers = &mut buffers[..self.offered];
+        let count = datagrams.state.recv(UdpSockRef::from(&datagrams.socket), buffers, &mut self.meta)?;
+        let is_full = count == self.offered;
+        self.offered = if is_full { 4 * count } else { count + 1 }.clamp(2, BATCH_SIZE);
+        Ok((count, is_full))
     }
 
     /// The datagrams of the first `count` buffers, each with what is known of it.
@@ -129,8 +141,12 @@ impl Worker {
     pub(crate) fn new(parts: Parts) -> io::Result<Self> {
         let Parts { engine, sockets, reservations, tls, connections, mailbox, metrics } = parts;
         sockets.watch_wake(&mailbox.wake)?;
-        let receive =
-            Receive { buffer: vec![0; RECEIVE_BUFFER * BATCH_SIZE], meta: vec![RecvMeta::default(); BATCH_SIZE] };
+        let receive = Receive {
+            buffer: vec![0; RECEIVE_BUFFER * BATCH_SIZE],
+            meta: vec![RecvMeta::default(); BATCH_SIZE],
+            offered: 2,
+            batches: metrics.batch_packets.local(),
+        };
         let swept = Instant::now();
         Ok(Self {
             engine,
@@ -141,7 +157,9 @@ impl Worker {
             mailbox,
             metrics,
             receive,
+            from_clients: 0,
             swept,
+            published: swept,
             drain_until: None,
         })
     }
@@ -168,9 +186,11 @@ impl Worker {
                 }
             }
             self.engine.expire(now.instant, &mut self.sockets);
-            self.engine.publish_flow();
             for (index, end) in self.sockets.flush() {
                 self.end_stream(index, end, now.instant);
+            }
+            if now.instant.saturating_duration_since(self.published) >= PUBLISH {
+                self.publish(now.instant);
             }
             if now.instant.saturating_duration_since(self.swept) >= SWEEP {
                 self.sweep(now.instant);
@@ -182,10 +202,27 @@ impl Worker {
         }
     }
 
+    /// Brings the metrics up to date: once for many packets, since threads share them.
+    fn publish(&mut self, now: Instant) {
+        self.published = now;
+        self.engine.publish_flow();
+        self.sockets.publish_flow();
+        self.receive.batches.flush();
+        if self.from_clients > 0 {
+            self.metrics.client_packets.with_label_values(&["from_client"]).inc_by(self.from_clients);
+            self.from_clients = 0;
+        }
+    }
+
+    fn has_unpublished(&self) -> bool {
+        self.from_clients > 0 || self.engine.has_unpublished() || self.sockets.has_unpublished()
+    }
+
     /// How long there is nothing to do if nothing comes.
     fn timeout(&self, now: Instant) -> Option<Timespec> {
         let sweep = (!self.sockets.streams.is_empty()).then_some(self.swept + SWEEP);
-        let next = [self.engine.deadline(), self.drain_until, sweep].into_iter().flatten().min()?;
+        let publish = self.has_unpublished().then_some(self.published + PUBLISH);
+        let next = [self.engine.deadline(), self.drain_until, sweep, publish].into_iter().flatten().min()?;
         // Rounded up: to wake before the time would be to wake twice.
         let wait = next.saturating_duration_since(now) + Duration::from_millis(1);
         Timespec::try_from(wait).ok()
@@ -211,8 +248,8 @@ impl Worker {
         for _ in 0..BATCHES_IN_A_ROW {
             let Some(datagrams) = self.sockets.clients.get(index) else { return };
             let local = datagrams.local;
-            let count = match self.receive.batch(datagrams) {
-                Ok(count) => count,
+            let (count, more) = match self.receive.batch(datagrams) {
+                Ok(received) => received,
                 Err(error) => return receive_failed(&error, "receiving from clients"),
             };
             let mut received: u32 = 0;
@@ -226,9 +263,9 @@ impl Worker {
                 };
                 self.engine.client_message(now, client, datagram, &mut self.sockets);
             }
-            self.metrics.client_packets.with_label_values(&["from_client"]).inc_by(received.into());
-            self.metrics.batch_packets.observe(received.into());
-            if count < BATCH_SIZE {
+            self.from_clients += u64::from(received);
+            self.receive.batches.observe(received.into());
+            if !more {
                 return;
             }
         }
@@ -238,8 +275,8 @@ impl Worker {
         for _ in 0..BATCHES_IN_A_ROW {
             let Some(Relay { datagrams, allocation }) = self.sockets.relays.get(index) else { return };
             let allocation: AllocationId = *allocation;
-            let count = match self.receive.batch(datagrams) {
-                Ok(count) => count,
+            let (count, more) = match self.receive.batch(datagrams) {
+                Ok(received) => received,
                 Err(error) => return receive_failed(&error, "receiving from peers"),
             };
             let mut received: u32 = 0;
@@ -247,8 +284,8 @@ impl Worker {
                 received += 1;
                 self.engine.peer_datagram(now, allocation, canonical(meta.addr), datagram, &mut self.sockets);
             }
-            self.metrics.batch_packets.observe(received.into());
-            if count < BATCH_SIZE {
+            self.receive.batches.observe(received.into());
+            if !more {
                 return;
             }
         }
@@ -348,7 +385,7 @@ impl Worker {
             }
         };
         incoming.drain(..at);
-        self.metrics.client_packets.with_label_values(&["from_client"]).inc_by(received);
+        self.from_clients += received;
         if let Some(stream) = self.sockets.streams.get_mut(index) {
             stream.incoming = incoming;
             if received > 0 {
@@ -387,6 +424,7 @@ impl Worker {
     }
 
     fn shut_down(&mut self, now: Instant) {
+        self.publish(now);
         let streams: Vec<usize> = self.sockets.streams.iter().map(|(index, _)| index).collect();
         for index in streams {
             self.end_stream(index, End::Shutdown, now);

@@ -93,6 +93,13 @@ async fn packets_go_through_an_allocation_both_ways() {
         client.close().await.unwrap();
     }
     assert_eq!(counted(&server, "homeport_turn_allocations_total", "udp"), 2.0);
+    // Packets are counted a moment later, many at a time.
+    within(async {
+        while counted(&server, "homeport_turn_relayed_bytes_total", "from_peer") < 8.0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
     assert_eq!(counted(&server, "homeport_turn_relayed_packets_total", "to_peer"), 2.0);
     assert_eq!(counted(&server, "homeport_turn_relayed_bytes_total", "from_peer"), 8.0);
     server.shutdown().await;

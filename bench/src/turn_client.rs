@@ -1,0 +1,146 @@
+//! A client of TURN for measurements: it asks for an allocation and a channel, and then only moves packets.
+
+use std::io::Write as _;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use rustls::{ClientConnection, StreamOwned};
+use stun::attributes::{ATTR_NONCE, ATTR_REALM, ATTR_USERNAME};
+use stun::integrity::MessageIntegrity;
+use stun::message::{
+    CLASS_REQUEST, CLASS_SUCCESS_RESPONSE, METHOD_ALLOCATE, METHOD_CHANNEL_BIND, Message, MessageType, Method, Setter,
+};
+use stun::textattrs::TextAttribute;
+use turn::proto::channum::ChannelNumber;
+use turn::proto::peeraddr::PeerAddress;
+use turn::proto::relayaddr::RelayedAddress;
+use turn::proto::reqtrans::RequestedTransport;
+
+/// Name, password and realm at the servers under test.
+pub(crate) const USER: &str = "alice";
+pub(crate) const PASSWORD: &str = "pass";
+pub(crate) const REALM: &str = "homeport";
+/// The channel of each client.
+const CHANNEL: u16 = 0x4000;
+/// Before the payload of a channel's data.
+pub(crate) const CHANNEL_HEAD: usize = 4;
+
+/// How a client talks to its server.
+pub(crate) enum Transport {
+    Udp(UdpSocket),
+    Tcp(TcpStream),
+    Tls(Box<StreamOwned<ClientConnection, TcpStream>>),
+}
+
+impl Transport {
+    pub(crate) fn udp(server: SocketAddr) -> anyhow::Result<Self> {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        socket.connect(server)?;
+        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        Ok(Self::Udp(socket))
+    }
+
+    pub(crate) fn tcp(server: SocketAddr) -> anyhow::Result<Self> {
+        let socket = TcpStream::connect(server)?;
+        socket.set_nodelay(true)?;
+        Ok(Self::Tcp(socket))
+    }
+
+    pub(crate) fn tls(server: SocketAddr, config: &Arc<rustls::ClientConfig>) -> anyhow::Result<Self> {
+        let socket = TcpStream::connect(server)?;
+        socket.set_nodelay(true)?;
+        let connection = ClientConnection::new(Arc::clone(config), "localhost".try_into()?)?;
+        Ok(Self::Tls(Box::new(StreamOwned::new(connection, socket))))
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        match self {
+            Self::Udp(socket) => socket.send(bytes).map(drop)?,
+            Self::Tcp(socket) => socket.write_all(bytes)?,
+            Self::Tls(stream) => stream.write_all(bytes).and_then(|()| stream.flush())?,
+        }
+        Ok(())
+    }
+
+    /// One message: a datagram, or as much of a stream as its head says.
+    fn read(&mut self) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = vec![0; 1 << 16];
+        let mut exactly = |stream: &mut dyn std::io::Read| {
+            stream.read_exact(&mut bytes[..4])?;
+            let length = 20 + usize::from(u16::from_be_bytes([bytes[2], bytes[3]]));
+            stream.read_exact(&mut bytes[4..length])?;
+            Ok::<usize, std::io::Error>(length)
+        };
+        let length = match self {
+            Self::Udp(socket) => socket.recv(&mut bytes)?,
+            Self::Tcp(socket) => exactly(socket)?,
+            Self::Tls(stream) => exactly(stream)?,
+        };
+        bytes.truncate(length);
+        Ok(bytes)
+    }
+}
+
+/// A client with an allocation.
+pub(crate) struct Client {
+    pub(crate) transport: Transport,
+    pub(crate) relayed: SocketAddr,
+    nonce: String,
+}
+
+impl Client {
+    /// Asks for an allocation.
+    pub(crate) fn allocate(mut transport: Transport) -> anyhow::Result<Self> {
+        let protocol = || RequestedTransport { protocol: turn::proto::PROTO_UDP };
+        let first = exchange(&mut transport, METHOD_ALLOCATE, vec![Box::new(protocol())], None)?;
+        let nonce = TextAttribute::get_from_as(&first, ATTR_NONCE)?.text;
+        let answer = exchange(&mut transport, METHOD_ALLOCATE, vec![Box::new(protocol())], Some(&nonce))?;
+        anyhow::ensure!(answer.typ.class == CLASS_SUCCESS_RESPONSE, "no allocation: {answer}");
+        let mut relayed = RelayedAddress::default();
+        stun::message::Getter::get_from(&mut relayed, &answer)?;
+        Ok(Self { transport, relayed: SocketAddr::new(relayed.ip, relayed.port), nonce })
+    }
+
+    /// Binds the channel to a peer.
+    pub(crate) fn bind(&mut self, peer: SocketAddr) -> anyhow::Result<()> {
+        let peer = PeerAddress { ip: peer.ip(), port: peer.port() };
+        let setters: Vec<Box<dyn Setter>> = vec![Box::new(peer), Box::new(ChannelNumber(CHANNEL))];
+        let answer = exchange(&mut self.transport, METHOD_CHANNEL_BIND, setters, Some(&self.nonce))?;
+        anyhow::ensure!(answer.typ.class == CLASS_SUCCESS_RESPONSE, "no channel: {answer}");
+        Ok(())
+    }
+}
+
+fn exchange(
+    transport: &mut Transport,
+    method: Method,
+    attributes: Vec<Box<dyn Setter>>,
+    nonce: Option<&str>,
+) -> anyhow::Result<Message> {
+    let mut request = Message::new();
+    let mut setters: Vec<Box<dyn Setter>> =
+        vec![Box::new(MessageType { method, class: CLASS_REQUEST }), Box::new(stun::agent::TransactionId::new())];
+    setters.extend(attributes);
+    if let Some(nonce) = nonce {
+        setters.push(Box::new(TextAttribute::new(ATTR_USERNAME, USER.into())));
+        setters.push(Box::new(TextAttribute::new(ATTR_REALM, REALM.into())));
+        setters.push(Box::new(TextAttribute::new(ATTR_NONCE, nonce.into())));
+        setters.push(Box::new(MessageIntegrity::new_long_term_integrity(USER.into(), REALM.into(), PASSWORD.into())));
+    }
+    request.build(&setters)?;
+    transport.write(&request.raw)?;
+    let bytes = transport.read().context("no answer")?;
+    let mut answer = Message::new();
+    answer.unmarshal_binary(&bytes)?;
+    Ok(answer)
+}
+
+/// A channel's data with `payload` bytes of payload.
+pub(crate) fn channel_data(payload: usize) -> Vec<u8> {
+    let mut bytes = CHANNEL.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&u16::try_from(payload).unwrap_or(u16::MAX).to_be_bytes());
+    bytes.resize(CHANNEL_HEAD + payload.next_multiple_of(4), 7);
+    bytes
+}
