@@ -66,7 +66,7 @@ impl Relay {
         let stdout = child.stdout.take().context("no output")?;
         for line in BufReader::new(stdout).lines() {
             if let Some(url) = line?.trim().strip_prefix("relay") {
-                return Ok(Self { process: Process::of(child), url: url.trim().to_owned() });
+                return Ok(Self { process: Process(child), url: url.trim().to_owned() });
             }
         }
         anyhow::bail!("the relay did not start")

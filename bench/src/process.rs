@@ -7,18 +7,13 @@ use anyhow::Context as _;
 
 /// A process of the benchmark's own; ended when dropped.
 #[derive(Debug)]
-pub(crate) struct Process(Child);
+pub(crate) struct Process(pub(crate) Child);
 
 impl Process {
     /// Starts a command, whose output goes nowhere.
     pub(crate) fn start(command: &mut Command) -> anyhow::Result<Self> {
         let child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
         Ok(Self(child.with_context(|| format!("cannot start {}", command.get_program().display()))?))
-    }
-
-    /// Takes a process that runs already.
-    pub(crate) fn of(child: Child) -> Self {
-        Self(child)
     }
 
     /// CPU seconds that the process has used.

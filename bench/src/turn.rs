@@ -3,20 +3,20 @@
 //! `cargo run --release --package bench --bin bench-turn` prints a Markdown report; build `homeport` in release first.
 
 mod process;
+// The client of the server's own tests.
+#[path = "../../turn-server/tests/support/mod.rs"]
 mod turn_client;
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use clap::Parser;
 use process::Process;
-use turn_client::{CHANNEL_HEAD, Client, PASSWORD, REALM, Transport, USER, channel_data};
+use turn_client::{CHANNEL_HEAD, Client, PASSWORD, REALM, Transport, USER, channel_data, tls_config};
 
 /// Measures the TURN server, and prints a Markdown report.
 #[derive(Debug, Parser)]
@@ -383,54 +383,4 @@ fn allocations(contender: Contender, cli: &Cli, count: u32) -> anyhow::Result<(f
     let kib = (server.process.resident_kib()? - before) / f64::from(count);
     drop(held);
     Ok((kib, rate))
-}
-
-/// Takes any certificate: that of the servers here was made a moment ago.
-fn tls_config() -> anyhow::Result<Arc<rustls::ClientConfig>> {
-    #[derive(Debug)]
-    struct Anyone(rustls::crypto::CryptoProvider);
-
-    impl rustls::client::danger::ServerCertVerifier for Anyone {
-        fn verify_server_cert(
-            &self,
-            _end_entity: &rustls::pki_types::CertificateDer<'_>,
-            _intermediates: &[rustls::pki_types::CertificateDer<'_>],
-            _name: &rustls::pki_types::ServerName<'_>,
-            _ocsp: &[u8],
-            _now: rustls::pki_types::UnixTime,
-        ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-            Ok(rustls::client::danger::ServerCertVerified::assertion())
-        }
-
-        fn verify_tls12_signature(
-            &self,
-            message: &[u8],
-            cert: &rustls::pki_types::CertificateDer<'_>,
-            dss: &rustls::DigitallySignedStruct,
-        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-            rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-        }
-
-        fn verify_tls13_signature(
-            &self,
-            message: &[u8],
-            cert: &rustls::pki_types::CertificateDer<'_>,
-            dss: &rustls::DigitallySignedStruct,
-        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-            rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
-        }
-
-        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-            self.0.signature_verification_algorithms.supported_schemes()
-        }
-    }
-
-    let provider = rustls::crypto::aws_lc_rs::default_provider();
-    let config = rustls::ClientConfig::builder_with_provider(Arc::new(provider.clone()))
-        .with_safe_default_protocol_versions()
-        .context("no TLS")?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
-        .with_no_client_auth();
-    Ok(Arc::new(config))
 }

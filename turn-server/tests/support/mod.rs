@@ -1,13 +1,15 @@
-//! A client of TURN for measurements: it asks for an allocation and a channel, and then only moves packets.
+//! A client of TURN for tests and measurements, made of the messages of the `stun` and `turn` crates: it asks for an
+//! allocation and a channel, and then only moves packets.
+#![allow(dead_code, reason = "each of its users needs another part")]
 
 use std::io::Write as _;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use rustls::{ClientConnection, StreamOwned};
-use stun::attributes::{ATTR_NONCE, ATTR_REALM, ATTR_USERNAME};
+use stun::attributes::{ATTR_NONCE, ATTR_REALM, ATTR_USERNAME, RawAttribute};
 use stun::integrity::MessageIntegrity;
 use stun::message::{
     CLASS_REQUEST, CLASS_SUCCESS_RESPONSE, METHOD_ALLOCATE, METHOD_CHANNEL_BIND, Message, MessageType, Method, Setter,
@@ -36,26 +38,29 @@ pub(crate) enum Transport {
 
 impl Transport {
     pub(crate) fn udp(server: SocketAddr) -> anyhow::Result<Self> {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        let own: SocketAddr = if server.is_ipv4() { "127.0.0.1:0".parse()? } else { "[::1]:0".parse()? };
+        let socket = UdpSocket::bind(own)?;
         socket.connect(server)?;
-        socket.set_read_timeout(Some(Duration::from_secs(2)))?;
+        socket.set_read_timeout(Some(Duration::from_secs(20)))?;
         Ok(Self::Udp(socket))
     }
 
     pub(crate) fn tcp(server: SocketAddr) -> anyhow::Result<Self> {
         let socket = TcpStream::connect(server)?;
+        socket.set_read_timeout(Some(Duration::from_secs(20)))?;
         socket.set_nodelay(true)?;
         Ok(Self::Tcp(socket))
     }
 
     pub(crate) fn tls(server: SocketAddr, config: &Arc<rustls::ClientConfig>) -> anyhow::Result<Self> {
         let socket = TcpStream::connect(server)?;
+        socket.set_read_timeout(Some(Duration::from_secs(20)))?;
         socket.set_nodelay(true)?;
         let connection = ClientConnection::new(Arc::clone(config), "localhost".try_into()?)?;
         Ok(Self::Tls(Box::new(StreamOwned::new(connection, socket))))
     }
 
-    fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         match self {
             Self::Udp(socket) => socket.send(bytes).map(drop)?,
             Self::Tcp(socket) => socket.write_all(bytes)?,
@@ -65,11 +70,12 @@ impl Transport {
     }
 
     /// One message: a datagram, or as much of a stream as its head says.
-    fn read(&mut self) -> anyhow::Result<Vec<u8>> {
-        let mut bytes = vec![0; 1 << 16];
+    pub(crate) fn read(&mut self) -> anyhow::Result<Vec<u8>> {
+        let mut bytes = vec![0; 1 << 17];
         let mut exactly = |stream: &mut dyn std::io::Read| {
             stream.read_exact(&mut bytes[..4])?;
-            let length = 20 + usize::from(u16::from_be_bytes([bytes[2], bytes[3]]));
+            let length = usize::from(u16::from_be_bytes([bytes[2], bytes[3]]));
+            let length = if bytes[0] < 0x40 { 20 + length } else { CHANNEL_HEAD + length.next_multiple_of(4) };
             stream.read_exact(&mut bytes[4..length])?;
             Ok::<usize, std::io::Error>(length)
         };
@@ -92,15 +98,27 @@ pub(crate) struct Client {
 
 impl Client {
     /// Asks for an allocation.
-    pub(crate) fn allocate(mut transport: Transport) -> anyhow::Result<Self> {
-        let protocol = || RequestedTransport { protocol: turn::proto::PROTO_UDP };
-        let first = exchange(&mut transport, METHOD_ALLOCATE, vec![Box::new(protocol())], None)?;
+    pub(crate) fn allocate(transport: Transport) -> anyhow::Result<Self> {
+        Ok(Self::allocate_with(transport, &[])?.0)
+    }
+
+    /// Asks for an allocation with more attributes, and returns the answer with it.
+    pub(crate) fn allocate_with(
+        mut transport: Transport,
+        attributes: &[RawAttribute],
+    ) -> anyhow::Result<(Self, Message)> {
+        let setters = || {
+            let protocol: Box<dyn Setter> = Box::new(RequestedTransport { protocol: turn::proto::PROTO_UDP });
+            let more = attributes.iter().map(|attribute| Box::new(attribute.clone()) as Box<dyn Setter>);
+            std::iter::once(protocol).chain(more).collect::<Vec<_>>()
+        };
+        let first = exchange(&mut transport, METHOD_ALLOCATE, setters(), None)?;
         let nonce = TextAttribute::get_from_as(&first, ATTR_NONCE)?.text;
-        let answer = exchange(&mut transport, METHOD_ALLOCATE, vec![Box::new(protocol())], Some(&nonce))?;
+        let answer = exchange(&mut transport, METHOD_ALLOCATE, setters(), Some(&nonce))?;
         anyhow::ensure!(answer.typ.class == CLASS_SUCCESS_RESPONSE, "no allocation: {answer}");
         let mut relayed = RelayedAddress::default();
         stun::message::Getter::get_from(&mut relayed, &answer)?;
-        Ok(Self { transport, relayed: SocketAddr::new(relayed.ip, relayed.port), nonce })
+        Ok((Self { transport, relayed: SocketAddr::new(relayed.ip, relayed.port), nonce }, answer))
     }
 
     /// Binds the channel to a peer.
@@ -143,4 +161,54 @@ pub(crate) fn channel_data(payload: usize) -> Vec<u8> {
     bytes.extend_from_slice(&u16::try_from(payload).unwrap_or(u16::MAX).to_be_bytes());
     bytes.resize(CHANNEL_HEAD + payload.next_multiple_of(4), 7);
     bytes
+}
+
+/// Takes any certificate: that of the servers here was made a moment ago.
+pub(crate) fn tls_config() -> anyhow::Result<Arc<rustls::ClientConfig>> {
+    #[derive(Debug)]
+    struct Anyone(rustls::crypto::CryptoProvider);
+
+    impl rustls::client::danger::ServerCertVerifier for Anyone {
+        fn verify_server_cert(
+            &self,
+            _end_entity: &rustls::pki_types::CertificateDer<'_>,
+            _intermediates: &[rustls::pki_types::CertificateDer<'_>],
+            _name: &rustls::pki_types::ServerName<'_>,
+            _ocsp: &[u8],
+            _now: rustls::pki_types::UnixTime,
+        ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+            Ok(rustls::client::danger::ServerCertVerified::assertion())
+        }
+
+        fn verify_tls12_signature(
+            &self,
+            message: &[u8],
+            cert: &rustls::pki_types::CertificateDer<'_>,
+            dss: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            cert: &rustls::pki_types::CertificateDer<'_>,
+            dss: &rustls::DigitallySignedStruct,
+        ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+            rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+            self.0.signature_verification_algorithms.supported_schemes()
+        }
+    }
+
+    let provider = rustls::crypto::aws_lc_rs::default_provider();
+    let config = rustls::ClientConfig::builder_with_provider(Arc::new(provider.clone()))
+        .with_safe_default_protocol_versions()
+        .context("no TLS")?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
+        .with_no_client_auth();
+    Ok(Arc::new(config))
 }
