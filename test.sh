@@ -5,8 +5,12 @@ cd "$(dirname "$0")"
 
 step() { printf '\n== %s\n' "$*"; }
 
-# Debian's packages: Chromium for the pages, Prometheus for the dashboards.
+# Debian's packages: Chromium for the pages, Prometheus for the dashboards, coturn for its client of TURN, OpenSSL for
+# certificates, Python for aioice.
 missing=()
+command -v turnutils_uclient >/dev/null || missing+=(coturn)
+command -v openssl >/dev/null || missing+=(openssl)
+python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ -x /usr/bin/chromium ] || missing+=(chromium)
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
 if [ ${#missing[@]} -gt 0 ]; then
@@ -33,5 +37,7 @@ step "browsers"
 cargo build --locked --package homeport
 cd e2e
 npm ci --no-audit --no-fund
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 # Of what is loaded into real browsers, one file at a time: they share two cores.
 node --test --test-concurrency=1 --test-reporter=spec

@@ -29,12 +29,12 @@ export async function servePages(folders = {}) {
   };
 }
 
-export async function launchChromium() {
+export async function launchChromium(flags = []) {
   return chromium.launch({
     executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
     headless: true,
     args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-      '--disable-component-update', '--disable-sync'],
+      '--disable-component-update', '--disable-sync', ...flags],
   });
 }
 

@@ -92,7 +92,7 @@ export class Homeport {
     for (;;) {
       if (child.exitCode !== null) throw new Error(`homeport ended at start:\n${this.#log}`);
       // The summary comes through a pipe of its own, before or after the first answer.
-      const turn = /turn:([^ ]+):\d+ \(UDP\)/.exec(summary);
+      const turn = /turn:([^ ]+):\d+ \(UDP/.exec(summary);
       const ready = await fetch(`${this.metricsUrl}/readyz`).then(answer => answer.ok, () => false);
       if (ready && turn) {
         this.turnHost = turn[1];

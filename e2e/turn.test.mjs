@@ -1,0 +1,111 @@
+// The TURN server with clients that somebody else wrote: Chromium, coturn's turnutils_uclient, and aioice.
+import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { after, before, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { freeTcpPort, Homeport, TURN_USER } from './lib/homeport.mjs';
+
+const run = promisify(execFile);
+let homeport, pages, browser, folder, tlsPort;
+
+before(async () => {
+  folder = await mkdtemp(join(tmpdir(), 'homeport-tls-'));
+  const [cert, key] = [join(folder, 'cert.pem'), join(folder, 'key.pem')];
+  await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
+    '-keyout', key, '-out', cert, '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1']);
+  tlsPort = await freeTcpPort();
+  homeport = await Homeport.start({
+    settings: {
+      HOMEPORT_TURN__LISTEN_TLS: `[::]:${tlsPort}`, HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,
+      // All clients here come from one address.
+      HOMEPORT_TURN__UNAUTHENTICATED_PER_SECOND: '0',
+    },
+  });
+  // The certificate is nobody's that a browser knows.
+  [pages, browser] = [await servePages(), await launchChromium(['--ignore-certificate-errors'])];
+});
+after(async () => {
+  await browser?.close();
+  pages?.close();
+  await homeport?.stop();
+  await rm(folder, { recursive: true, force: true });
+});
+
+const uri = transport => {
+  const host = homeport.turnHost;
+  return transport === 'tls' ? `turns:${host}:${tlsPort}?transport=tcp` : `turn:${host}:${homeport.ports.turn}?transport=${transport}`;
+};
+
+for (const transport of ['udp', 'tcp', 'tls']) {
+  test(`Chromium relays messages and video over ${transport}`, async () => {
+    const page = await openPage(browser, `${pages.url}/pages/turn.html`);
+    await until(page, 'the page', () => window.loaded === true);
+    const { echoed, frames, paths } = await page.evaluate(
+      servers => window.relay(servers), [{ urls: uri(transport), ...TURN_USER }]);
+    assert.equal(echoed, 100);
+    assert.ok(frames >= 30);
+    assert.ok(paths.length > 0 && paths.every(path => path === `relay ${transport}`), `paths: ${paths}`);
+    console.log(`Chromium over ${transport}: ${echoed} messages echoed, ${frames} frames`);
+    await page.context().close();
+  });
+}
+
+test('Chromium relays with credentials that the server gives to apps, by each way they name', async () => {
+  const answer = await fetch(`${homeport.httpUrl}/turn-credentials`, { headers: { origin: 'https://app.example.com' } });
+  assert.equal(answer.headers.get('access-control-allow-origin'), '*');
+  const { username, password, ttl, uris } = await answer.json();
+  assert.ok(ttl > 3_600);
+  assert.deepEqual(uris.map(one => one.split(':')[0]), ['turn', 'turn', 'turns']);
+  const page = await openPage(browser, `${pages.url}/pages/turn.html`);
+  await until(page, 'the page', () => window.loaded === true);
+  for (const urls of uris) {
+    const { echoed } = await page.evaluate(servers => window.relay(servers), [{ urls, username, credential: password }]);
+    assert.equal(echoed, 100);
+  }
+  await page.context().close();
+});
+
+const uclient = [
+  ['UDP, channels', []],
+  ['UDP, Send indications', ['-s']],
+  ['UDP, DONT-FRAGMENT and padding', ['-g', '-D']],
+  ['UDP, more requests', ['-G']],
+  ['UDP, 100 clients', ['-m', '100', '-z', '20']],
+  ['TCP, channels', ['-t']],
+  ['TCP, Send indications', ['-t', '-s']],
+  ['TLS, channels', ['-t', '-S']],
+];
+test('turnutils_uclient loses nothing', async () => {
+  const peer = execFile('turnutils_peer', ['-L', homeport.turnHost, '-p', '3480']);
+  try {
+    for (const [name, flags] of uclient) {
+      const port = flags.includes('-S') ? tlsPort : homeport.ports.turn;
+      const { stdout, stderr } = await run('turnutils_uclient', [
+        '-u', TURN_USER.username, '-w', TURN_USER.credential, '-p', port, '-c', '-e', homeport.turnHost, '-n', '20', '-m', '4', '-z', '5',
+        ...flags, homeport.turnHost,
+      ], { timeout: 60_000 });
+      const lost = /Total lost packets (\d+)/.exec(stdout + stderr);
+      const messages = /tot_send_msgs=(\d+), tot_recv_msgs=(\d+)\s*$/m.exec(stdout + stderr);
+      assert.equal(lost?.[1], '0', `${name}:\n${stdout}${stderr}`);
+      console.log(`turnutils_uclient, ${name}: ${messages?.[1]} sent, ${messages?.[2]} received`);
+    }
+  } finally {
+    peer.kill();
+  }
+});
+
+test('aioice gets back what it sends', async () => {
+  const here = fileURLToPath(new URL('.', import.meta.url));
+  for (const transport of ['udp', 'tcp', 'tls']) {
+    const port = transport === 'tls' ? tlsPort : homeport.ports.turn;
+    const { stdout } = await run(join(here, '.venv/bin/python'), [
+      join(here, 'aioice_echo.py'), homeport.turnHost, port, transport, TURN_USER.username, TURN_USER.credential,
+    ], { timeout: 60_000 });
+    console.log(`aioice: ${stdout.trim()}`);
+  }
+});
