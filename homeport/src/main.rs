@@ -1,6 +1,7 @@
 //! Homeport: the always-on half of browser peer-to-peer apps.
 
 mod client_config;
+mod coturn;
 mod healthcheck;
 mod logging;
 mod run;
@@ -12,6 +13,7 @@ mod turn_secret;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 
 /// The always-on half of browser peer-to-peer apps: a relay to meet at, a TURN server to get through, a seed peer
@@ -29,8 +31,8 @@ enum Command {
     Up(RunArgs),
     /// Run the Nostr relay alone
     Relay(RunArgs),
-    /// Run the STUN and TURN server alone
-    Turn(RunArgs),
+    /// Run the STUN and TURN server alone, or take over the settings of another
+    Turn(TurnArgs),
     /// Run the seed peer alone, through the relays of seed.relays
     Seed(RunArgs),
     /// Ask a running homeport on this machine how it is; exit code 0 when it answers, for containers
@@ -54,6 +56,24 @@ struct RunArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+struct TurnArgs {
+    #[command(subcommand)]
+    command: Option<TurnCommand>,
+    #[command(flatten)]
+    run: RunArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum TurnCommand {
+    /// Print the settings of coturn's turnserver.conf as those of homeport.toml; what has no counterpart is named
+    Import {
+        /// The turnserver.conf
+        file: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
 struct HealthcheckArgs {
     /// The settings file; without it, homeport.toml in this folder if it is there
     #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG")]
@@ -66,16 +86,34 @@ fn main() -> ExitCode {
         Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
         Command::Up(args) => (run::Services::ALL, args),
         Command::Relay(args) => (run::Services { relay: true, ..run::Services::NONE }, args),
-        Command::Turn(args) => (run::Services { turn: true, ..run::Services::NONE }, args),
+        Command::Turn(TurnArgs { command: Some(TurnCommand::Import { file }), .. }) => {
+            return exit_code(import(&file));
+        }
+        Command::Turn(TurnArgs { run: args, .. }) => (run::Services { turn: true, ..run::Services::NONE }, args),
         Command::Seed(args) => (run::Services { seed: true, ..run::Services::NONE }, args),
     };
-    match start(services, &args) {
+    exit_code(start(services, &args))
+}
+
+fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("homeport: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints what the settings of coturn are here, and on standard error what a person must know of it.
+fn import(file: &std::path::Path) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let imported = coturn::import(&text);
+    println!("# From {}\n\n{}", file.display(), toml::to_string(&imported.settings)?);
+    for note in imported.notes {
+        eprintln!("note: {note}");
+    }
+    Ok(())
 }
 
 fn start(services: run::Services, args: &RunArgs) -> anyhow::Result<()> {

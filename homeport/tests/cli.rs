@@ -178,3 +178,16 @@ fn two_processes_do_not_share_an_archive() {
     signal(&first, "-TERM");
     assert!(first.wait().unwrap().success());
 }
+
+#[test]
+fn the_settings_of_coturn_are_printed_as_ours_and_what_is_left_out_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("turnserver.conf");
+    std::fs::write(&file, "listening-port=3479\nuser=alice:pass\nmobility\n").unwrap();
+    let mut command = homeport(folder.path(), "turn");
+    let Output { status, stdout, stderr } = command.arg("import").arg(&file).output().unwrap();
+    assert!(status.success());
+    let (stdout, stderr) = (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap());
+    assert!(stdout.contains("listen = \"[::]:3479\"") && stdout.contains("alice = \"pass\""), "{stdout}");
+    assert!(stderr.contains("mobility"), "{stderr}");
+}
