@@ -38,6 +38,9 @@ const RETRANSMISSION: Duration = Duration::from_secs(40);
 const MAX_ENDED: usize = 1_024;
 /// Ports that are drawn at random before the range is walked through.
 const RANDOM_TRIES: u32 = 64;
+/// Ports that are walked through: all of a small range. Where so many in a row are taken, the rest is as well, and every
+/// try costs the packets of others time.
+const MAX_WALK: u32 = 1_024;
 /// Addresses whose share of unauthenticated answers is remembered, by each thread.
 const MAX_ORIGINS: usize = 16_384;
 /// The protocol number of UDP in REQUESTED-TRANSPORT.
@@ -667,7 +670,7 @@ impl Engine {
         let first = u32::from(*self.rules.relay_ports.start());
         let count = (u32::from(*self.rules.relay_ports.end()) + 1).saturating_sub(first).max(1);
         let start = self.rng.random_range(0..count);
-        for step in 0..RANDOM_TRIES + count {
+        for step in 0..RANDOM_TRIES + count.min(MAX_WALK) {
             let offset = if step < RANDOM_TRIES {
                 self.rng.random_range(0..count)
             } else {
@@ -691,11 +694,16 @@ impl Engine {
             let mut token = None;
             if let Some(port) = reserved {
                 let drawn: [u8; 8] = self.rng.random();
-                if edge.reserve(drawn, family, port, now + RESERVATION_LIFETIME).is_err() {
-                    edge.close(relay);
-                    continue;
+                match edge.reserve(drawn, family, port, now + RESERVATION_LIFETIME) {
+                    Ok(()) => token = Some(drawn),
+                    Err(error) => {
+                        edge.close(relay);
+                        match error {
+                            NoPort::InUse => continue,
+                            NoPort::Exhausted => break,
+                        }
+                    }
                 }
-                token = Some(drawn);
             }
             return Ok((RelayedAddress { relay, address: SocketAddr::new(ip, port) }, token));
         }

@@ -22,6 +22,9 @@ use crate::stream::{End, Stream};
 const CLIENT_BUFFER: usize = 4 << 20;
 const PEER_BUFFER: usize = 1 << 20;
 
+/// Ports that are kept for who has a token, at most: each is one that nobody else gets.
+const MAX_RESERVATIONS: usize = 256;
+
 /// What epoll says has something for us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -134,6 +137,8 @@ pub(crate) struct Sockets {
     pub(crate) epoll: OwnedFd,
     pub(crate) clients: Vec<Datagrams>,
     pub(crate) listeners: Vec<(TcpListener, Transport)>,
+    /// There was no descriptor for one more.
+    pub(crate) listeners_are_paused: bool,
     pub(crate) streams: Slab<Stream>,
     by_client: HashMap<ClientId, usize>,
     pub(crate) relays: Slab<Relay>,
@@ -170,6 +175,7 @@ impl Sockets {
             epoll,
             clients,
             listeners,
+            listeners_are_paused: false,
             streams: Slab::new(),
             by_client: HashMap::new(),
             relays: Slab::new(),
@@ -188,6 +194,33 @@ impl Sockets {
         Ok(epoll::add(&self.epoll, wake, Source::Wake.data(), epoll::EventFlags::IN)?)
     }
 
+    /// Whether a stream is that of its client: a client may come back on the same port before its old connection is
+    /// seen to be gone.
+    pub(crate) fn is_current(&self, index: usize) -> bool {
+        self.streams.get(index).is_some_and(|stream| self.by_client.get(&stream.client) == Some(&index))
+    }
+
+    /// Leaves connections waiting for a while.
+    pub(crate) fn pause_listeners(&mut self) {
+        self.listeners_are_paused = true;
+        self.watch_listeners(epoll::EventFlags::empty());
+    }
+
+    /// Accepts connections again.
+    pub(crate) fn resume_listeners(&mut self) {
+        if std::mem::take(&mut self.listeners_are_paused) {
+            self.watch_listeners(epoll::EventFlags::IN);
+        }
+    }
+
+    fn watch_listeners(&self, flags: epoll::EventFlags) {
+        for (index, (listener, _)) in self.listeners.iter().enumerate() {
+            if let Err(error) = epoll::modify(&self.epoll, listener, Source::Listener(index).data(), flags) {
+                tracing::error!(%error, "a TURN listener cannot be watched");
+            }
+        }
+    }
+
     /// Takes no more connections.
     pub(crate) fn stop_listening(&mut self) {
         self.listeners.clear();
@@ -204,7 +237,9 @@ impl Sockets {
 
     pub(crate) fn close_stream(&mut self, index: usize, end: End) {
         let Some(stream) = self.streams.try_remove(index) else { return };
-        self.by_client.remove(&stream.client);
+        if self.by_client.get(&stream.client) == Some(&index) {
+            self.by_client.remove(&stream.client);
+        }
         self.metrics.streams.with_label_values(&[stream.client.transport.label()]).dec();
         self.metrics.streams_ended.with_label_values(&[end.label()]).inc();
         if end == End::Tls || stream.is_handshaking() {
@@ -340,8 +375,16 @@ impl Edge for Sockets {
     }
 
     fn reserve(&mut self, token: [u8; 8], family: Family, port: u16, until: Instant) -> Result<(), NoPort> {
+        let mut reservations = self.reservations.lock();
+        if reservations.len() >= MAX_RESERVATIONS {
+            let now = Instant::now();
+            reservations.retain(|_, reservation| reservation.until > now);
+            if reservations.len() >= MAX_RESERVATIONS {
+                return Err(NoPort::Exhausted);
+            }
+        }
         let socket = self.open(family, port)?;
-        self.reservations.lock().insert(token, Reservation { socket, family, until });
+        reservations.insert(token, Reservation { socket, family, until });
         Ok(())
     }
 

@@ -220,7 +220,8 @@ impl Worker {
 
     /// How long there is nothing to do if nothing comes.
     fn timeout(&self, now: Instant) -> Option<Timespec> {
-        let sweep = (!self.sockets.streams.is_empty()).then_some(self.swept + SWEEP);
+        let sweeps = !self.sockets.streams.is_empty() || self.sockets.listeners_are_paused;
+        let sweep = sweeps.then_some(self.swept + SWEEP);
         let publish = self.has_unpublished().then_some(self.published + PUBLISH);
         let next = [self.engine.deadline(), self.drain_until, sweep, publish].into_iter().flatten().min()?;
         // Rounded up: to wake before the time would be to wake twice.
@@ -298,9 +299,12 @@ impl Worker {
             let (socket, address) = match listener.accept() {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
+                // The client has gone again.
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
                 Err(error) => {
-                    // Such as: no descriptors left. Level-triggered, this comes again as soon as it can be better.
+                    // Such as: no descriptors left. To ask again at once would be to do nothing else.
                     tracing::warn!(%error, "accepting a TURN client");
+                    self.sockets.pause_listeners();
                     return;
                 }
             };
@@ -399,14 +403,18 @@ impl Worker {
     fn end_stream(&mut self, index: usize, end: End, now: Instant) {
         let Some(stream) = self.sockets.streams.get(index) else { return };
         let client = stream.client;
+        let is_current = self.sockets.is_current(index);
         self.sockets.close_stream(index, end);
-        self.engine.disconnect(&client, now, &mut self.sockets);
+        if is_current {
+            self.engine.disconnect(&client, now, &mut self.sockets);
+        }
     }
 
     /// Ends what takes too long.
     fn sweep(&mut self, now: Instant) {
         self.swept = now;
         self.reservations.expire(now);
+        self.sockets.resume_listeners();
         let idle: Vec<usize> = self
             .sockets
             .streams
