@@ -1,12 +1,19 @@
 //! The engine with invented time and sockets.
 
 use std::collections::{BTreeMap, HashSet};
+use std::net::IpAddr;
 
 use proptest::prelude::*;
 
+use super::authentication::PASSWORD_ALGORITHMS;
+use super::requests::UDP;
 use super::*;
-use crate::message::HEADER;
-use crate::quotas::Quotas;
+use crate::bucket::Rate;
+use crate::credentials::Credentials;
+use crate::message::{Algorithm, Builder, HEADER, Key, attribute};
+use crate::nonce::Nonces;
+use crate::peer_filter::PeerFilter;
+use crate::quotas::{Ledger, Quotas};
 
 const REALM: &str = "homeport";
 const UNIX: u64 = 1_000_000;
