@@ -1,0 +1,186 @@
+//! The settings of the TURN server.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use service::settings::SettingsError;
+use turn_server::{Credentials, ExternalIp, Quotas};
+
+use super::{OneOrMany, Settings, TlsSettings, everywhere};
+use crate::summary::TurnSummary;
+use crate::turn_credentials::CredentialRules;
+
+/// `[turn]`
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TurnSettings {
+    /// Where to listen for clients.
+    pub(crate) listen: SocketAddr,
+    /// Where to listen for clients with TLS; used when `[tls]` is set.
+    pub(super) listen_tls: SocketAddr,
+    /// `auto`, an address, or `public/private`; or a list of these, for both families.
+    external_ip: OneOrMany,
+    /// The ports of allocations, as `first-last`.
+    relay_ports: String,
+    /// The realm of credentials.
+    realm: String,
+    /// Mints time-limited credentials; of several, the first.
+    pub(crate) secret: Option<OneOrMany>,
+    /// Static users and their passwords.
+    users: BTreeMap<String, String>,
+    /// Networks of peers that are let through although they are private.
+    allow_peers: Vec<IpNet>,
+    /// Networks of peers that are refused.
+    deny_peers: Vec<IpNet>,
+    /// Allocations of one user, of one address and of all; 0 means no limit.
+    user_quota: usize,
+    address_quota: usize,
+    total_quota: usize,
+    /// Bytes a second of one allocation and of all; 0 means no limit.
+    max_bytes_per_second: u64,
+    total_bytes_per_second: u64,
+    /// The longest lifetime of an allocation that is not refreshed, in seconds.
+    max_lifetime: u32,
+    /// Seconds that allocations outlive a time-limited credential.
+    credential_grace: u32,
+    /// Answers a second to strangers at one address; 0 means no limit.
+    unauthenticated_per_second: u32,
+    /// TCP and TLS connections of one address, and of all.
+    address_connections: usize,
+    max_connections: usize,
+    /// Seconds that allocations live on at shutdown.
+    drain: u32,
+    /// Threads that relay; 0 means one for each core.
+    threads: usize,
+    /// The name under which apps reach the server; with TLS, one that the certificate is for.
+    pub(crate) host: Option<String>,
+    /// Seconds that credentials for apps are good.
+    pub(crate) credentials_lifetime: u32,
+    /// Whoever asks for credentials must show this as a bearer token.
+    pub(crate) credentials_token: Option<String>,
+    /// Pages of these origins may ask for credentials; `*` is all of them.
+    pub(crate) credentials_origins: Vec<String>,
+    /// How often one address may ask for credentials in a minute; 0 means no limit.
+    pub(crate) credentials_per_minute: u32,
+}
+
+impl fmt::Debug for TurnSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TurnSettings").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+impl Default for TurnSettings {
+    fn default() -> Self {
+        let limits = turn_server::Limits::default();
+        Self {
+            listen: everywhere(3478),
+            listen_tls: everywhere(5349),
+            external_ip: OneOrMany::One("auto".into()),
+            relay_ports: "49152-65535".into(),
+            realm: "homeport".into(),
+            secret: None,
+            users: BTreeMap::new(),
+            allow_peers: Vec::new(),
+            deny_peers: Vec::new(),
+            user_quota: limits.allocations.user,
+            address_quota: limits.allocations.address,
+            total_quota: limits.allocations.total,
+            max_bytes_per_second: limits.allocation_bytes_per_second,
+            total_bytes_per_second: limits.total_bytes_per_second,
+            max_lifetime: 3_600,
+            credential_grace: 600,
+            unauthenticated_per_second: limits.unauthenticated_per_second,
+            address_connections: limits.address_connections,
+            max_connections: limits.connections,
+            drain: 0,
+            threads: 0,
+            host: None,
+            credentials_lifetime: 86_400,
+            credentials_token: None,
+            credentials_origins: vec!["*".into()],
+            credentials_per_minute: 60,
+        }
+    }
+}
+
+impl Settings {
+    /// The TURN server's configuration.
+    pub(crate) fn turn(&self) -> Result<turn_server::Config, SettingsError> {
+        let turn = &self.turn;
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        Ok(turn_server::Config {
+            listen: turn.listen,
+            listen_tls: turn.listen_tls,
+            tls: self.tls.as_ref().map(TlsSettings::files).transpose()?,
+            external_ips: self.turn_external_ips()?,
+            relay_ports: port_range(&turn.relay_ports)?,
+            realm: turn.realm.clone(),
+            credentials: self.turn_credentials(),
+            limits: turn_server::Limits {
+                allocations: Quotas { user: turn.user_quota, address: turn.address_quota, total: turn.total_quota },
+                allocation_bytes_per_second: turn.max_bytes_per_second,
+                total_bytes_per_second: turn.total_bytes_per_second,
+                lifetime: seconds(turn.max_lifetime),
+                credential_grace: seconds(turn.credential_grace),
+                unauthenticated_per_second: turn.unauthenticated_per_second,
+                address_connections: turn.address_connections,
+                connections: turn.max_connections,
+                ..turn_server::Limits::default()
+            },
+            allow_peers: turn.allow_peers.clone(),
+            deny_peers: turn.deny_peers.clone(),
+            drain: seconds(turn.drain),
+            threads: turn.threads,
+        })
+    }
+
+    /// Who may use the TURN server.
+    pub(crate) fn turn_credentials(&self) -> Credentials {
+        let secrets = self.turn.secret.as_ref().map_or(&[][..], OneOrMany::as_slice);
+        Credentials { users: self.turn.users.clone(), secrets: secrets.to_vec() }
+    }
+
+    /// The addresses of allocations as set.
+    pub(crate) fn turn_external_ips(&self) -> Result<Vec<ExternalIp>, SettingsError> {
+        let texts = self.turn.external_ip.as_slice().iter();
+        texts.map(|text| text.parse().map_err(|error| SettingsError::of("turn.external_ip", error))).collect()
+    }
+
+    /// Where the TURN server of these settings is, if it runs elsewhere.
+    pub(crate) fn turn_place(&self) -> Result<TurnSummary, SettingsError> {
+        let addresses = turn_server::Addresses::resolve(&self.turn_external_ips()?, self.turn.listen.ip());
+        Ok(TurnSummary {
+            external_ip: addresses.main(),
+            port: self.turn.listen.port(),
+            tls_port: self.tls.as_ref().map(|_| self.turn.listen_tls.port()),
+        })
+    }
+
+    /// Who gets credentials for TURN.
+    pub(crate) fn credential_rules(&self) -> Result<CredentialRules, SettingsError> {
+        let header = self.relay.trusted_proxy_header.as_deref();
+        let proxy_header = header.map(axum::http::HeaderName::try_from).transpose();
+        Ok(CredentialRules {
+            lifetime: Duration::from_secs(self.turn.credentials_lifetime.into()),
+            token: self.turn.credentials_token.clone(),
+            origins: self.turn.credentials_origins.clone(),
+            per_minute: self.turn.credentials_per_minute,
+            proxy_header: proxy_header
+                .map_err(|_| SettingsError::of("relay.trusted_proxy_header", "that is no name of a header"))?,
+        })
+    }
+}
+
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, SettingsError> {
+    let range = text.split_once('-').and_then(|(first, last)| {
+        let range = first.trim().parse::<u16>().ok()?..=last.trim().parse::<u16>().ok()?;
+        (*range.start() > 0 && !range.is_empty()).then_some(range)
+    });
+    range.ok_or_else(|| SettingsError::of("turn.relay_ports", format_args!("expected \"first-last\", found {text:?}")))
+}
