@@ -70,7 +70,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let own_seed = services.seed.then_some(&relay_key);
     let relay = if services.relay {
         let server =
-            relay::Server::bind(settings.relay(client_config(&settings, summary.turn)?.routes(), own_seed)?).await?;
+            relay::Server::bind(settings.relay(client_config(&settings, summary.turn).await?.routes(), own_seed)?)
+                .await?;
         summary.relay = Some((server.address(), settings.relay.public_url.clone()));
         telemetry.push(server.telemetry().clone());
         Some(server)
@@ -79,7 +80,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     };
     let mut seed = if services.seed {
         let own_relay = relay.as_ref().map(|relay| own_url(relay.address()));
-        let server = seed_peer::Server::bind(settings.seed(own_relay, relay_key)?)?;
+        let server = seed_peer::Server::bind(settings.seed(own_relay, relay_key).await?)?;
         summary.seed = Some((server.address(), settings.seed.data.clone()));
         summary.rooms = settings.seed.room.iter().map(|room| room.name.clone()).collect();
         telemetry.push(server.telemetry().clone());
@@ -131,13 +132,16 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
 }
 
 /// What apps are told of this process's services, and of those that the settings name.
-fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> anyhow::Result<ClientConfig> {
+async fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> anyhow::Result<ClientConfig> {
     let secret = settings.turn_credentials().secrets.first().cloned();
     let turn = match secret {
         Some(secret) => {
             // Without a TURN server in this process, the settings tell of one: `auto` then means that it is on this
             // machine.
-            let own = own_turn.map_or_else(|| settings.turn_place(), Ok)?;
+            let own = match own_turn {
+                Some(own) => own,
+                None => settings.turn_place().await?,
+            };
             let host = settings.turn.host.clone().unwrap_or_else(|| printed(own.external_ip));
             let place = TurnPlace { host, port: own.port, tls_port: own.tls_port };
             Some(Arc::new(TurnCredentials::new(place, secret, settings.credential_rules()?)))

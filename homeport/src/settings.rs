@@ -359,7 +359,7 @@ impl Settings {
     }
 
     /// The seed's configuration, with `own_relay` in front of its relays.
-    pub(crate) fn seed(
+    pub(crate) async fn seed(
         &self,
         own_relay: Option<String>,
         relay_key: RelayKey,
@@ -370,14 +370,19 @@ impl Settings {
             None => {
                 let ips = self.turn_external_ips()?;
                 let is_v4 = |ip: &&ExternalIp| match ip {
-                    ExternalIp::Auto => false,
+                    ExternalIp::Auto | ExternalIp::Stun(_) => false,
                     ExternalIp::Address(public) | ExternalIp::Mapped { public, .. } => public.is_ipv4(),
                 };
-                ips.iter().find(is_v4).or(ips.first()).copied().unwrap_or_default()
+                ips.iter().find(is_v4).or(ips.first()).cloned().unwrap_or_default()
             }
         };
         let external = match external {
             ExternalIp::Auto => None,
+            ExternalIp::Stun(_) => {
+                let addresses = turn_server::Addresses::find(&[external], self.seed.listen.ip()).await;
+                let own = addresses.v4.or(addresses.v6).filter(|own| own.public != own.bind);
+                own.map(|own| ExternalAddress { public: own.public, private: Some(own.bind) })
+            }
             ExternalIp::Address(public) => Some(ExternalAddress { public, private: None }),
             ExternalIp::Mapped { public, private } => Some(ExternalAddress { public, private: Some(private) }),
         };
@@ -418,8 +423,8 @@ mod tests {
         read(Some(&path), [], None, &["extra".into()]).map_err(|error| error.to_string())
     }
 
-    #[test]
-    fn a_full_file_is_understood() {
+    #[tokio::test]
+    async fn a_full_file_is_understood() {
         let settings = of(r#"
             [relay]
             listen = "127.0.0.1:9001"
@@ -445,7 +450,7 @@ mod tests {
         let turn = settings.turn().unwrap();
         assert_eq!(turn.relay_ports, 50_000..=50_100);
         assert_eq!(turn.credentials.users["alice"], "password");
-        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap()).unwrap();
+        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap()).await.unwrap();
         assert_eq!(seed.relays, ["ws://127.0.0.1:9001/", "wss://relay.example.org"]);
         assert_eq!(seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(), ["my-app", "extra"]);
         // The seed stands behind the same mapping as TURN.

@@ -1,10 +1,22 @@
 //! The addresses that relayed traffic is said to come from.
 
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::str::FromStr;
+use std::time::Duration;
+
+use tokio::net::lookup_host;
+use tokio::time::timeout;
+
+use crate::message::{Builder, Class, Message, Method, TransactionId};
+
+/// How long a STUN server gets to say what it sees.
+const STUN_PATIENCE: Duration = Duration::from_secs(2);
+/// When the question to a STUN server is repeated (RFC 8489, section 6.2.1: after 500 ms).
+const STUN_REPEAT: Duration = Duration::from_millis(500);
 
 /// One address to give to clients as that of their allocations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum ExternalIp {
     /// The addresses of this machine that its default routes use.
     #[default]
@@ -18,11 +30,14 @@ pub enum ExternalIp {
         /// What this machine has.
         private: IpAddr,
     },
+    /// The address under which a STUN server elsewhere sees this machine, given as `host:port`; while that does not
+    /// answer, as [`Self::Auto`].
+    Stun(String),
 }
 
 /// Text is no external address.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("expected \"auto\", an IP address, or \"public/private\", found {0:?}")]
+#[error("expected \"auto\", an IP address, \"public/private\", or \"stun:host:port\", found {0:?}")]
 pub struct ExternalIpError(String);
 
 impl FromStr for ExternalIp {
@@ -32,6 +47,11 @@ impl FromStr for ExternalIp {
         let address = |text: &str| text.trim().parse::<IpAddr>().map_err(|_| ExternalIpError(text.to_owned()));
         if text == "auto" {
             return Ok(Self::Auto);
+        }
+        if let Some(server) = text.strip_prefix("stun:") {
+            let has_port =
+                server.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok());
+            return if has_port { Ok(Self::Stun(server.to_owned())) } else { Err(ExternalIpError(text.to_owned())) };
         }
         match text.split_once('/') {
             Some((public, private)) => {
@@ -66,12 +86,30 @@ pub struct Addresses {
 
 impl Addresses {
     /// The addresses that the settings mean, for a server that listens at `listen`: where that is one address, `auto`
-    /// means that address.
+    /// means that address. Asks STUN servers, if they are named, and waits two seconds for each at most.
+    pub async fn find(settings: &[ExternalIp], listen: IpAddr) -> Self {
+        let mut known = Vec::with_capacity(settings.len());
+        for setting in settings {
+            known.push(match setting {
+                ExternalIp::Stun(server) => match seen_by(server, listen).await {
+                    Ok((public, private)) => ExternalIp::Mapped { public, private },
+                    Err(error) => {
+                        tracing::warn!(%server, %error, "the STUN server did not say what our address is");
+                        ExternalIp::Auto
+                    }
+                },
+                other => other.clone(),
+            });
+        }
+        Self::resolve(&known, listen)
+    }
+
+    /// As [`Self::find`], without asking anybody.
     pub fn resolve(settings: &[ExternalIp], listen: IpAddr) -> Self {
         let mut addresses = Self::default();
         for setting in settings {
             match *setting {
-                ExternalIp::Auto if listen.is_unspecified() => {
+                ExternalIp::Auto | ExternalIp::Stun(_) if listen.is_unspecified() => {
                     let v4 = default_route_v4();
                     let v6 = listen.is_ipv6().then(default_route_v6).flatten();
                     let own = |ip: IpAddr| OwnAddress { public: ip, bind: ip };
@@ -81,7 +119,7 @@ impl Addresses {
                         addresses.add(own(ip));
                     }
                 }
-                ExternalIp::Auto => addresses.add(OwnAddress { public: listen, bind: listen }),
+                ExternalIp::Auto | ExternalIp::Stun(_) => addresses.add(OwnAddress { public: listen, bind: listen }),
                 ExternalIp::Address(public) => addresses.add(OwnAddress { public, bind: unspecified_like(public) }),
                 ExternalIp::Mapped { public, private } => addresses.add(OwnAddress { public, bind: private }),
             }
@@ -104,6 +142,32 @@ impl Addresses {
     pub(crate) fn public(&self) -> impl Iterator<Item = IpAddr> {
         [self.v4, self.v6].into_iter().flatten().map(|own| own.public)
     }
+}
+
+/// The address under which a STUN server sees this machine, and the one that this machine has on the way there.
+async fn seen_by(server: &str, listen: IpAddr) -> io::Result<(IpAddr, IpAddr)> {
+    let ask = async {
+        let server = lookup_host(server).await?.find(|address| address.is_ipv4() || listen.is_ipv6());
+        let server = server.ok_or(io::ErrorKind::NotFound)?;
+        // As the allocations will be seen, where they are bound to one address.
+        let bind = if listen.is_unspecified() { unspecified_like(server.ip()) } else { listen };
+        let socket = tokio::net::UdpSocket::bind((bind, 0)).await?;
+        socket.connect(server).await?;
+        let transaction = TransactionId::random();
+        let request = Builder::new(Class::Request, Method::Binding, transaction).finish();
+        let mut buffer = [0; 1_500];
+        loop {
+            socket.send(&request).await?;
+            let Ok(received) = timeout(STUN_REPEAT, socket.recv(&mut buffer)).await else { continue };
+            if let Ok(answer) = Message::parse(&buffer[..received?])
+                && answer.transaction == transaction
+                && let Some(mapped) = answer.mapped_address()
+            {
+                return Ok((mapped.ip(), socket.local_addr()?.ip()));
+            }
+        }
+    };
+    timeout(STUN_PATIENCE, ask).await.unwrap_or(Err(io::ErrorKind::TimedOut.into()))
 }
 
 fn unspecified_like(address: IpAddr) -> IpAddr {
@@ -160,7 +224,18 @@ mod tests {
         assert_eq!("203.0.113.7".parse(), Ok(ExternalIp::Address(ip("203.0.113.7"))));
         let mapped = ExternalIp::Mapped { public: ip("203.0.113.7"), private: ip("10.0.0.2") };
         assert_eq!("203.0.113.7/10.0.0.2".parse(), Ok(mapped));
-        for wrong in ["", "Auto", "example.com", "1.2.3.4/", "1.2.3.4/24", "1.2.3.4/::1"] {
+        assert_eq!("stun:a.example:3478".parse(), Ok(ExternalIp::Stun("a.example:3478".into())));
+        for wrong in [
+            "",
+            "Auto",
+            "stun:",
+            "stun:a.example",
+            "stun::3478",
+            "example.com",
+            "1.2.3.4/",
+            "1.2.3.4/24",
+            "1.2.3.4/::1",
+        ] {
             assert!(wrong.parse::<ExternalIp>().is_err(), "{wrong}");
         }
     }
@@ -182,5 +257,26 @@ mod tests {
         assert_eq!(addresses.v4, Some(OwnAddress { public: ip("203.0.113.7"), bind: ip("10.0.0.2") }));
         assert_eq!(addresses.v6, Some(OwnAddress { public: ip("2001:db8::7"), bind: ip("::") }));
         assert_eq!(addresses.main(), ip("203.0.113.7"));
+    }
+
+    #[tokio::test]
+    async fn a_stun_server_that_is_silent_costs_two_seconds_and_no_start() {
+        let silent = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let setting = ExternalIp::Stun(silent.local_addr().unwrap().to_string());
+        let addresses = Addresses::find(std::slice::from_ref(&setting), ip("127.0.0.1")).await;
+        assert_eq!(addresses, Addresses::resolve(&[ExternalIp::Auto], ip("127.0.0.1")));
+        // It was asked more than once.
+        let mut buffer = [0; 100];
+        for _ in 0..2 {
+            assert_eq!(silent.recv(&mut buffer).unwrap(), 20);
+        }
+        assert_eq!(seen_by(&setting_of(&setting), ip("127.0.0.1")).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    fn setting_of(setting: &ExternalIp) -> String {
+        match setting {
+            ExternalIp::Stun(server) => server.clone(),
+            other => panic!("{other:?}"),
+        }
     }
 }

@@ -98,6 +98,12 @@ pub(crate) enum Class {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct TransactionId([u8; 12]);
 
+impl TransactionId {
+    pub(crate) fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
 /// Bytes are no STUN message that a server can make sense of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum MessageError {
@@ -317,6 +323,13 @@ impl<'a> Message<'a> {
         walk.filter_map(Result::ok)
             .filter(|(kind, ..)| *kind == attribute::XOR_PEER_ADDRESS)
             .map(|(_, value, _)| self.address(value))
+    }
+
+    /// The address in XOR-MAPPED-ADDRESS, in an answer to a Binding request.
+    pub(crate) fn mapped_address(&self) -> Option<SocketAddr> {
+        let walk = Walk { bytes: &self.bytes[..self.end], at: HEADER };
+        let mut mapped = walk.filter_map(Result::ok).filter(|(kind, ..)| *kind == attribute::XOR_MAPPED_ADDRESS);
+        self.address(mapped.next()?.1)
     }
 
     /// The address in an XOR-… attribute (RFC 8489, section 14.2).

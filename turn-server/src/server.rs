@@ -148,7 +148,7 @@ impl Server {
         let certificate = config.tls.clone().map(Certificate::load).transpose()?;
         let listening = Listening::open(&config, certificate.is_some(), count)?;
         let (address, tls_address) = (listening.address, listening.tls_address);
-        let addresses = Addresses::resolve(&config.external_ips, address.ip());
+        let addresses = Addresses::find(&config.external_ips, address.ip()).await;
         let whereabouts = Whereabouts {
             settings: config.external_ips,
             listen: address.ip(),
@@ -343,7 +343,7 @@ impl Whereabouts {
         interval.tick().await;
         loop {
             interval.tick().await;
-            let addresses = Addresses::resolve(&self.settings, self.listen);
+            let addresses = Addresses::find(&self.settings, self.listen).await;
             if addresses != known {
                 tracing::warn!(before = ?known, now = ?addresses, "this machine's address has changed");
                 metrics.address_changes.inc();

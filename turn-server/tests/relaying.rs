@@ -153,6 +153,20 @@ async fn peers_in_other_special_ranges_are_refused() {
 }
 
 #[tokio::test]
+async fn the_address_that_a_stun_server_sees_is_given_to_clients() {
+    let seer = start("127.0.0.1:0", 49_152..=65_535).await;
+    let stun = ExternalIp::Stun(seer.address().to_string());
+    let listen = "[::]:0".parse().unwrap();
+    let server = start_with(Config { listen, external_ips: vec![stun], ..config() }).await;
+    assert_eq!(server.external_ip().to_string(), "127.0.0.1");
+    let client = client(&server, "alice", "pass").await;
+    let allocation = within(client.allocate()).await.unwrap();
+    assert!(allocation.local_addr().unwrap().ip().is_loopback());
+    server.shutdown().await;
+    seer.shutdown().await;
+}
+
+#[tokio::test]
 async fn at_shutdown_allocations_live_on_until_they_end_or_their_time_is_up() {
     for (drain, ends_itself) in [(Duration::from_secs(600), true), (Duration::from_millis(200), false)] {
         let server = start_with(Config { drain, ..config() }).await;

@@ -153,8 +153,8 @@ impl Settings {
     }
 
     /// Where the TURN server of these settings is, if it runs elsewhere.
-    pub(crate) fn turn_place(&self) -> Result<TurnSummary, SettingsError> {
-        let addresses = turn_server::Addresses::resolve(&self.turn_external_ips()?, self.turn.listen.ip());
+    pub(crate) async fn turn_place(&self) -> Result<TurnSummary, SettingsError> {
+        let addresses = turn_server::Addresses::find(&self.turn_external_ips()?, self.turn.listen.ip()).await;
         Ok(TurnSummary {
             external_ip: addresses.main(),
             port: self.turn.listen.port(),
