@@ -70,32 +70,54 @@ test('Chromium relays with credentials that the server gives to apps, by each wa
   await page.context().close();
 });
 
-const uclient = [
-  ['UDP, channels', []],
-  ['UDP, Send indications', ['-s']],
-  ['UDP, DONT-FRAGMENT and padding', ['-g', '-D']],
-  ['UDP, more requests', ['-G']],
-  ['UDP, 100 clients', ['-m', '100', '-z', '20']],
-  ['TCP, channels', ['-t']],
-  ['TCP, Send indications', ['-t', '-s']],
-  ['TLS, channels', ['-t', '-S']],
-];
+/** Runs coturn's client against `server`, with 4 clients of 20 packets if not told otherwise; it must lose none. */
+async function uclient(name, server, port, flags) {
+  const { stdout, stderr } = await run('turnutils_uclient', [
+    '-u', TURN_USER.username, '-w', TURN_USER.credential, '-p', port, '-n', '20', '-m', '4', '-z', '5', ...flags, server,
+  ], { timeout: 60_000 });
+  const messages = /tot_send_msgs=(\d+), tot_recv_msgs=(\d+)\s*$/m.exec(stdout + stderr);
+  assert.match(stdout + stderr, /Total lost packets 0 /, name);
+  assert.ok(Number(messages?.[1]) >= 80 && messages[1] === messages[2], `${name}: ${messages?.[0]}`);
+  console.log(`turnutils_uclient, ${name}: ${messages[1]} sent, ${messages[2]} received`);
+}
+
 test('turnutils_uclient loses nothing', async () => {
   const peer = execFile('turnutils_peer', ['-L', homeport.turnHost, '-p', '3480']);
   try {
-    for (const [name, flags] of uclient) {
+    for (const [name, flags] of [
+      ['UDP, channels', []],
+      ['UDP, Send indications', ['-s']],
+      ['UDP, DONT-FRAGMENT and padding', ['-g', '-D']],
+      ['UDP, more requests', ['-G']],
+      ['UDP, 100 clients', ['-m', '100', '-z', '20']],
+      ['TCP, channels', ['-t']],
+      ['TCP, Send indications', ['-t', '-s']],
+      ['TLS, channels', ['-t', '-S']],
+    ]) {
       const port = flags.includes('-S') ? tlsPort : homeport.ports.turn;
-      const { stdout, stderr } = await run('turnutils_uclient', [
-        '-u', TURN_USER.username, '-w', TURN_USER.credential, '-p', port, '-c', '-e', homeport.turnHost, '-n', '20', '-m', '4', '-z', '5',
-        ...flags, homeport.turnHost,
-      ], { timeout: 60_000 });
-      const lost = /Total lost packets (\d+)/.exec(stdout + stderr);
-      const messages = /tot_send_msgs=(\d+), tot_recv_msgs=(\d+)\s*$/m.exec(stdout + stderr);
-      assert.equal(lost?.[1], '0', `${name}:\n${stdout}${stderr}`);
-      console.log(`turnutils_uclient, ${name}: ${messages?.[1]} sent, ${messages?.[2]} received`);
+      await uclient(name, homeport.turnHost, port, ['-c', '-e', homeport.turnHost, ...flags]);
     }
   } finally {
     peer.kill();
+  }
+});
+
+test('turnutils_uclient loses nothing over IPv6, between the families, and with an allocation of both', async () => {
+  const own = await Homeport.start({
+    settings: { HOMEPORT_TURN__EXTERNAL_IP: '["127.0.0.1", "::1"]', HOMEPORT_TURN__UNAUTHENTICATED_PER_SECOND: '0' },
+  });
+  const peer = execFile('turnutils_peer', ['-L', '::1', '-p', '3482']);
+  try {
+    for (const [name, server, flags] of [
+      ['IPv6 over UDP', '::1', ['-x', '-c', '-e', '::1', '-r', '3482']],
+      ['IPv6 over TCP', '::1', ['-x', '-t', '-c', '-e', '::1', '-r', '3482']],
+      ['IPv4 clients, IPv6 allocations', '127.0.0.1', ['-x', '-y', '-c']],
+      ['IPv6 clients, IPv4 allocations', '::1', ['-y', '-c']],
+      ['allocations of both families', '127.0.0.1', ['-Z', '-y']],
+    ]) await uclient(name, server, own.ports.turn, flags);
+  } finally {
+    peer.kill();
+    await own.stop();
   }
 });
 

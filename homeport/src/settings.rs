@@ -78,11 +78,29 @@ enum Admission {
     Auth,
 }
 
+/// One text, or a list of them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, from = "Spelled")]
 pub(crate) enum OneOrMany {
     One(String),
     Many(Vec<String>),
+}
+
+/// As it stands in a file; in the environment, a list is text like `["one", "other"]`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Spelled {
+    Text(String),
+    List(Vec<String>),
+}
+
+impl From<Spelled> for OneOrMany {
+    fn from(spelled: Spelled) -> Self {
+        match spelled {
+            Spelled::Text(text) => serde_json::from_str(&text).map_or(Self::One(text), Self::Many),
+            Spelled::List(list) => Self::Many(list),
+        }
+    }
 }
 
 impl OneOrMany {
@@ -489,6 +507,15 @@ mod tests {
             };
             let message = error.unwrap_err();
             assert!(message.contains(expected), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_list_in_the_environment_is_a_list_and_other_text_is_text() {
+        let many = |text: &str| OneOrMany::from(Spelled::Text(text.into())).as_slice().to_vec();
+        assert_eq!(many(r#"["127.0.0.1", "::1"]"#), ["127.0.0.1", "::1"]);
+        for one in ["auto", "123456", "[1,2]", "[", "[\"a\"", "\"quoted\""] {
+            assert_eq!(many(one), [one]);
         }
     }
 }

@@ -299,7 +299,9 @@ impl<'a> Message<'a> {
             attribute::XOR_PEER_ADDRESS => first(&mut attributes.peer_address, value),
             attribute::DATA => first(&mut attributes.data, value),
             attribute::REQUESTED_ADDRESS_FAMILY => first(&mut attributes.requested_family, value),
-            attribute::ADDITIONAL_ADDRESS_FAMILY => first(&mut attributes.additional_family, value),
+            attribute::ADDITIONAL_ADDRESS_FAMILY | attribute::ADDITIONAL_ADDRESS_FAMILY_OF_DRAFT => {
+                first(&mut attributes.additional_family, value);
+            }
             attribute::EVEN_PORT => first(&mut attributes.even_port, value),
             attribute::REQUESTED_TRANSPORT => first(&mut attributes.requested_transport, value),
             attribute::RESERVATION_TOKEN => first(&mut attributes.reservation_token, value),

@@ -20,6 +20,8 @@ pub(crate) const PASSWORD_ALGORITHM: u16 = 0x001d;
 pub(crate) const XOR_MAPPED_ADDRESS: u16 = 0x0020;
 pub(crate) const RESERVATION_TOKEN: u16 = 0x0022;
 pub(crate) const ADDITIONAL_ADDRESS_FAMILY: u16 = 0x8000;
+/// The same before there was an RFC; coturn's client up to 4.6 at least asks like that.
+pub(crate) const ADDITIONAL_ADDRESS_FAMILY_OF_DRAFT: u16 = 0x8032;
 pub(crate) const ADDRESS_ERROR_CODE: u16 = 0x8001;
 pub(crate) const PASSWORD_ALGORITHMS: u16 = 0x8002;
 pub(crate) const SOFTWARE: u16 = 0x8022;
