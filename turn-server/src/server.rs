@@ -25,8 +25,6 @@ use crate::worker::{Command, Mailbox, Parts, Worker};
 
 /// How often the server's own addresses are looked up again.
 const ADDRESS_CHECK: Duration = Duration::from_secs(180);
-/// How often the files of the certificate are read again.
-const CERTIFICATE_CHECK: Duration = Duration::from_secs(30);
 /// Seconds' worth of a rate that may come at once.
 const BURST_SECONDS: u64 = 5;
 /// The most threads, however many cores there are.
@@ -43,6 +41,8 @@ pub struct Config {
     pub listen_tls: SocketAddr,
     /// The certificate; without it there is no TLS.
     pub tls: Option<TlsFiles>,
+    /// How often the files of the certificate are read again. Default 30 s.
+    pub certificate_check: Duration,
     /// The addresses of allocations.
     pub external_ips: Vec<ExternalIp>,
     /// The ports of allocations. Default 49152 to 65535.
@@ -214,7 +214,12 @@ impl Server {
         tokio::spawn(stop.clone().run_until_cancelled_owned(watch));
         if let Some(certificate) = certificate {
             metrics.certificate_expiry.set(certificate.expiry().unwrap_or_default());
-            tokio::spawn(stop.clone().run_until_cancelled_owned(renew(certificate, telemetry.clone(), metrics)));
+            tokio::spawn(stop.clone().run_until_cancelled_owned(renew(
+                certificate,
+                config.certificate_check,
+                telemetry.clone(),
+                metrics,
+            )));
         }
         telemetry.health.set("turn", State::Ok);
         Ok(Self {
@@ -361,8 +366,8 @@ fn bind_addresses(addresses: &Addresses) -> BindAddresses {
 }
 
 /// Takes new certificates, for ever.
-async fn renew(certificate: Arc<Certificate>, telemetry: Telemetry, metrics: Metrics) {
-    let mut interval = tokio::time::interval(CERTIFICATE_CHECK);
+async fn renew(certificate: Arc<Certificate>, every: Duration, telemetry: Telemetry, metrics: Metrics) {
+    let mut interval = tokio::time::interval(every);
     loop {
         interval.tick().await;
         match certificate.reload() {

@@ -21,6 +21,7 @@ fn config() -> Config {
         listen: "[::]:0".parse().unwrap(),
         listen_tls: "[::]:0".parse().unwrap(),
         tls: None,
+        certificate_check: Duration::from_millis(20),
         external_ips: ["127.0.0.1", "::1"].map(|ip| ExternalIp::Address(ip.parse().unwrap())).into(),
         relay_ports: 49_152..=65_535,
         realm: REALM.into(),
@@ -203,6 +204,30 @@ async fn a_client_that_reads_nothing_loses_packets_and_holds_nobody_up() {
         for _ in 0..20 {
             assert_eq!(stalled.transport.read().unwrap().len(), CHANNEL_HEAD + 8_000);
         }
+    });
+    server.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_certificate_is_for_new_clients_and_old_ones_go_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (files, first) = certificate(folder.path());
+    let server = start(Config { tls: Some(files), ..config() }).await;
+    let address = local(server.tls_address().unwrap().port());
+    tokio::task::block_in_place(|| {
+        let mut old = Client::allocate(Transport::tls(address, &tls_config().unwrap()).unwrap()).unwrap();
+        assert_eq!(old.transport.certificate(), Some(first));
+        let (_, second) = certificate(folder.path());
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            // A client that was here before resumes its session, and sees no certificate: each is a new one.
+            let client = Client::allocate(Transport::tls(address, &tls_config().unwrap()).unwrap()).unwrap();
+            if client.transport.certificate().as_ref() == Some(&second) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "the old certificate is still in use");
+        }
+        echo(&mut old, &peer("127.0.0.1:0"));
     });
     server.shutdown().await;
 }

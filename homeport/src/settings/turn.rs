@@ -118,6 +118,7 @@ impl Settings {
             listen: turn.listen,
             listen_tls: turn.listen_tls,
             tls: self.tls.as_ref().map(TlsSettings::files).transpose()?,
+            certificate_check: Duration::from_secs(30),
             external_ips: self.turn_external_ips()?,
             relay_ports: port_range(&turn.relay_ports)?,
             realm: turn.realm.clone(),

@@ -60,6 +60,14 @@ impl Transport {
         Ok(Self::Tls(Box::new(StreamOwned::new(connection, socket))))
     }
 
+    /// The server's certificate in DER, over TLS.
+    pub(crate) fn certificate(&self) -> Option<Vec<u8>> {
+        match self {
+            Self::Tls(stream) => Some(stream.conn.peer_certificates()?.first()?.to_vec()),
+            Self::Udp(_) | Self::Tcp(_) => None,
+        }
+    }
+
     pub(crate) fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         match self {
             Self::Udp(socket) => socket.send(bytes).map(drop)?,
