@@ -8,7 +8,7 @@ import { once } from 'node:events';
 import { fileURLToPath } from 'node:url';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
-import { freeTcpPort, Homeport } from './lib/homeport.mjs';
+import { freePort, Homeport } from './lib/homeport.mjs';
 
 const dashboards = resolve(dirname(fileURLToPath(import.meta.url)), '../grafana/dashboards');
 
@@ -16,7 +16,7 @@ let homeport, pages, browser, prometheus, folder, url;
 before(async () => {
   homeport = await Homeport.start({ rooms: ['notes'] });
   folder = await mkdtemp(join(tmpdir(), 'homeport-prometheus-'));
-  const port = await freeTcpPort();
+  const port = await freePort();
   url = `http://127.0.0.1:${port}`;
   await writeFile(join(folder, 'prometheus.yml'), JSON.stringify({
     global: { scrape_interval: '1s' },

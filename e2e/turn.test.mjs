@@ -8,7 +8,7 @@ import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
-import { freeTcpPort, Homeport, TURN_USER } from './lib/homeport.mjs';
+import { freePort, Homeport, TURN_USER } from './lib/homeport.mjs';
 
 const run = promisify(execFile);
 let homeport, pages, browser, folder, tlsPort;
@@ -18,7 +18,7 @@ before(async () => {
   const [cert, key] = [join(folder, 'cert.pem'), join(folder, 'key.pem')];
   await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
     '-keyout', key, '-out', cert, '-subj', '/CN=localhost', '-addext', 'subjectAltName=DNS:localhost,IP:127.0.0.1']);
-  tlsPort = await freeTcpPort();
+  tlsPort = await freePort();
   homeport = await Homeport.start({
     settings: {
       HOMEPORT_TURN__LISTEN_TLS: `[::]:${tlsPort}`, HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,

@@ -13,22 +13,27 @@ export const binary = process.env.HOMEPORT_BINARY ?? join(root, 'target/debug/ho
 
 export const TURN_USER = { username: 'alice', credential: 'e2e-password' };
 
-export async function freeTcpPort() {
-  const server = createServer().listen(0, '127.0.0.1');
-  await once(server, 'listening');
-  const { port } = server.address();
-  server.close();
-  await once(server, 'close');
-  return port;
+/** Tries to listen on a port of all addresses; says whether it is free. */
+function isFree(listener, listen) {
+  return new Promise(done => {
+    listener.once('error', () => done(false));
+    listen(() => listener.close(() => done(true)));
+  });
 }
 
-async function freeUdpPort() {
-  const socket = createSocket('udp4').bind(0, '127.0.0.1');
-  await once(socket, 'listening');
-  const { port } = socket.address();
-  socket.close();
-  await once(socket, 'close');
-  return port;
+/**
+ * A port that is free for TCP and for UDP. Not one that the system gives: those it gives to every connection as well, so
+ * that one may be taken again before it is used.
+ */
+export async function freePort() {
+  for (;;) {
+    const port = 10_000 + Math.floor(Math.random() * 20_000);
+    const tcp = createServer();
+    const udp = createSocket({ type: 'udp6' });
+    if (await isFree(tcp, then => tcp.listen(port, '::', then)) && await isFree(udp, then => udp.bind(port, '::', then))) {
+      return port;
+    }
+  }
 }
 
 /** Settings by environment, as `HOMEPORT_…` variables. */
@@ -42,10 +47,10 @@ export class Homeport {
     homeport.data = data ?? join(homeport.folder, 'data');
     homeport.rooms = rooms;
     homeport.ports = {
-      relay: await freeTcpPort(),
-      metrics: await freeTcpPort(),
-      turn: await freeUdpPort(),
-      seed: await freeUdpPort(),
+      relay: await freePort(),
+      metrics: await freePort(),
+      turn: await freePort(),
+      seed: await freePort(),
     };
     homeport.settings = settings;
     await homeport.run();
