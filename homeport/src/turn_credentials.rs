@@ -1,6 +1,6 @@
 //! `/turn-credentials`: time-limited credentials for the TURN server, for apps to hand to their users.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -11,6 +11,7 @@ use axum::routing::get;
 use axum::{Json, Router};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use serde_json::{Value, json};
+use service::Origin;
 use turn_server::mint;
 
 /// The name in credentials, which quotas count as one user.
@@ -51,7 +52,7 @@ pub(crate) struct TurnCredentials {
     /// Origins of pages that may ask; `*` is all.
     origins: Vec<String>,
     proxy_header: Option<HeaderName>,
-    rate: Option<DefaultKeyedRateLimiter<IpAddr>>,
+    rate: Option<DefaultKeyedRateLimiter<Origin>>,
 }
 
 /// How to give credentials.
@@ -95,8 +96,11 @@ impl TurnCredentials {
             if rate.len() > 10_000 {
                 rate.retain_recent();
             }
-            let address = relay::client_address(client, headers, self.proxy_header.as_ref());
-            rate.check_key(&network_of(address)).map_err(|_| Denied::TooOften)?;
+            let origin = Origin::of(relay::client_address(client, headers, self.proxy_header.as_ref()));
+            // Behind a proxy that does not say for whom it speaks, everybody comes from loopback.
+            if self.proxy_header.is_some() || !origin.is_loopback() {
+                rate.check_key(&origin).map_err(|_| Denied::TooOften)?;
+            }
         }
         let Some(token) = &self.token else { return Ok(()) };
         let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -148,14 +152,6 @@ impl TurnCredentials {
 fn same(one: &[u8], other: &[u8]) -> bool {
     one.len() == other.len()
         && one.iter().zip(other).fold(0, |difference, (one, other)| difference | (one ^ other)) == 0
-}
-
-/// What counts as one client: a customer of IPv6 has a whole /64.
-fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => std::net::Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
-        address => address,
-    }
 }
 
 impl IntoResponse for Denied {
@@ -242,6 +238,10 @@ mod tests {
             assert_eq!(credentials.admits(client(&format!("[2001:db8::{port}]:1")), &none), Ok(()));
         }
         assert_eq!(credentials.admits(client("[2001:db8::9]:1"), &none), Err(Denied::TooOften));
+        // A proxy on this machine speaks for many, and unless it says for whom, for all of them.
+        for _ in 0..20 {
+            assert_eq!(credentials.admits(client("127.0.0.1:1"), &none), Ok(()));
+        }
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! How much one client, and all clients of one address, may ask.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::http::{HeaderMap, HeaderName};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use service::Origin;
 
 /// Rates of one client and of one address. 0 means no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,22 +35,6 @@ fn quota(per_second: u32) -> Option<Quota> {
     let per_second = NonZeroU32::new(per_second)?;
     let burst = per_second.saturating_mul(NonZeroU32::new(BURST_SECONDS)?);
     Some(Quota::per_second(per_second).allow_burst(burst))
-}
-
-/// A client's address as limits see it: an IPv6 customer has a whole /64.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Origin(IpAddr);
-
-impl Origin {
-    /// The origin of a client at `address`.
-    pub(crate) fn of(address: IpAddr) -> Self {
-        Self(match address.to_canonical() {
-            IpAddr::V6(address) if !address.is_loopback() => {
-                Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into()
-            }
-            address => address,
-        })
-    }
 }
 
 /// The limits on one connection.
@@ -97,7 +82,7 @@ impl AddressLimits {
     }
 
     fn spares(&self, origin: Origin) -> bool {
-        self.spare_loopback && origin.0.is_loopback()
+        self.spare_loopback && origin.is_loopback()
     }
 
     /// Whether one more signature may be checked for `origin`.
@@ -170,14 +155,6 @@ mod tests {
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
-    }
-
-    #[test]
-    fn an_ipv6_customer_is_one_origin_and_an_ipv4_address_is_one() {
-        assert_eq!(Origin::of(ip("2001:db8:1:2::7")), Origin::of(ip("2001:db8:1:2:ffff::1")));
-        assert_ne!(Origin::of(ip("2001:db8:1:2::7")), Origin::of(ip("2001:db8:1:3::7")));
-        assert_ne!(Origin::of(ip("192.0.2.1")), Origin::of(ip("192.0.2.2")));
-        assert_eq!(Origin::of(ip("::ffff:192.0.2.1")), Origin::of(ip("192.0.2.1")));
     }
 
     #[test]

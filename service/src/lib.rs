@@ -1,10 +1,12 @@
-//! What every Homeport service needs: settings, sockets, metrics and health.
+//! What every Homeport service needs: settings, sockets, metrics, health, and who a client is to limits.
 
 pub mod health;
 pub mod listen;
 pub mod metrics;
+pub mod origin;
 pub mod settings;
 
 pub use health::{Health, State};
 pub use listen::BindError;
 pub use metrics::{MetricsServer, Telemetry};
+pub use origin::Origin;

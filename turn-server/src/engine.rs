@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng as _, SeedableRng as _};
+use service::Origin;
 use slab::Slab;
 
 use allocation::Allocation;
@@ -26,7 +27,6 @@ pub(crate) use rules::{Place, Rules, TotalBandwidth};
 use crate::bucket::Buckets;
 use crate::message::{self, Class, ErrorCode, Message, MessageError, Method, TransactionId};
 use crate::metrics::Metrics;
-use crate::quotas::Origin;
 
 /// How long the upper port of a pair is kept for who has the token (RFC 8656, section 7.2).
 const RESERVATION_LIFETIME: Duration = Duration::from_secs(30);

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use service::Origin;
 
 /// The most allocations at a time. 0 means no limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,19 +22,6 @@ pub struct Quotas {
 impl Default for Quotas {
     fn default() -> Self {
         Self { user: 0, address: 256, total: 0 }
-    }
-}
-
-/// A client's address as limits see it: a customer of IPv6 has a whole /64.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Origin(IpAddr);
-
-impl Origin {
-    pub(crate) fn of(address: IpAddr) -> Self {
-        Self(match address.to_canonical() {
-            IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() & (u128::MAX << 64)).into(),
-            address => address,
-        })
     }
 }
 

@@ -118,6 +118,10 @@ impl Reservations {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     /// Closes the ports that nobody came for.
     pub(crate) fn expire(&self, now: Instant) {
         self.lock().retain(|_, reservation| reservation.until > now);
@@ -242,7 +246,7 @@ impl Sockets {
         }
         self.metrics.streams.with_label_values(&[stream.client.transport.label()]).dec();
         self.metrics.streams_ended.with_label_values(&[end.label()]).inc();
-        if end == End::Tls || stream.is_handshaking() {
+        if stream.is_handshaking() {
             self.metrics.tls_handshakes.with_label_values(&["failed"]).inc();
         }
     }

@@ -220,7 +220,8 @@ impl Worker {
 
     /// How long there is nothing to do if nothing comes.
     fn timeout(&self, now: Instant) -> Option<Timespec> {
-        let sweeps = !self.sockets.streams.is_empty() || self.sockets.listeners_are_paused;
+        let sweeps =
+            !self.sockets.streams.is_empty() || self.sockets.listeners_are_paused || !self.reservations.is_empty();
         let sweep = sweeps.then_some(self.swept + SWEEP);
         let publish = self.has_unpublished().then_some(self.published + PUBLISH);
         let next = [self.engine.deadline(), self.drain_until, sweep, publish].into_iter().flatten().min()?;
@@ -313,7 +314,13 @@ impl Worker {
                 socket.set_nodelay(true)?;
                 socket.local_addr()
             };
-            let Ok(server) = open() else { continue };
+            let server = match open() {
+                Ok(server) => server,
+                Err(error) => {
+                    tracing::debug!(%error, "a TURN client has gone again");
+                    continue;
+                }
+            };
             let client = ClientId { transport, address: canonical(address), server: canonical(server) };
             let Ok(share) = self.connections.take("", client.address.ip()) else {
                 self.metrics.streams_ended.with_label_values(&["refused"]).inc();

@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use rand::Rng as _;
+use service::Origin;
 
 use super::allocation::{Allocation, Granted, NotBound};
 use super::authentication::{PASSWORD_ALGORITHMS, Requester};
@@ -12,7 +13,6 @@ use super::{
     RelayedAddress,
 };
 use crate::message::{Builder, Class, ErrorCode, Key, Message, Method, TransactionId, attribute};
-use crate::quotas::Origin;
 
 /// The lifetime of an allocation whose client asks for none, in seconds (RFC 8656, section 3.2).
 const DEFAULT_LIFETIME: u32 = 600;
@@ -121,7 +121,8 @@ impl Engine {
     ) -> Result<Builder, Refused> {
         if let Some(id) = self.by_client.get(&client).copied() {
             let allocation = self.allocations.get(id.0).ok_or(ErrorCode::AllocationMismatch)?;
-            if allocation.transaction != message.transaction {
+            let is_owner = message.attributes.username == Some(&*allocation.username);
+            if allocation.transaction != message.transaction || !is_owner {
                 return Err(ErrorCode::AllocationMismatch);
             }
             // The same request again: the answer was lost.

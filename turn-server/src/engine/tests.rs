@@ -521,6 +521,16 @@ fn a_request_that_comes_again_gets_the_same_answer() {
 }
 
 #[test]
+fn another_user_gets_no_answer_of_this_one() {
+    let mut world = world();
+    let transaction = Some(world.transaction());
+    for _ in 0..2 {
+        assert_eq!(world.code(client(1), &Ask { transaction, ..allocate() }), 0);
+    }
+    assert_eq!(world.code(client(1), &Ask { transaction, ..allocate().by("bob", "word") }), 437);
+}
+
+#[test]
 fn clients_are_told_apart_by_all_of_their_five_tuple() {
     let mut world = world();
     let one = client(1);
