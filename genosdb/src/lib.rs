@@ -8,6 +8,8 @@
 
 pub mod cells;
 pub mod clock;
+pub mod election;
+pub mod envelope;
 pub mod frame;
 pub mod graph;
 pub mod json;
@@ -17,7 +19,9 @@ pub mod sealed_sdp;
 pub mod signal;
 pub mod topic;
 
+pub use cells::{CellIndex, Topology};
 pub use clock::{Clock, Hlc};
+pub use envelope::Envelope;
 pub use frame::{ChannelName, Content, Message};
 pub use graph::{MemoryGraph, Store};
 pub use json::{Json, JsonString};

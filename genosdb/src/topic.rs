@@ -106,6 +106,18 @@ impl PeerId {
         bytes.iter().all(u8::is_ascii_alphanumeric).then_some(Self(bytes))
     }
 
+    /// The id with another ending, one for each `number` below 62^4 and each `attempt` below 62: ids of one family.
+    pub fn with_ending(&self, attempt: u8, number: u32) -> Self {
+        let mut bytes = self.0;
+        let mut rest = number;
+        for byte in bytes.iter_mut().rev().take(4) {
+            *byte = Self::ALPHABET[rest as usize % Self::ALPHABET.len()];
+            rest /= 62;
+        }
+        bytes[PEER_ID_LENGTH - 5] = Self::ALPHABET[usize::from(attempt) % Self::ALPHABET.len()];
+        Self(bytes)
+    }
+
     /// An id whose characters are drawn with `index`, which is asked for numbers in `0..62`.
     pub fn generate(mut index: impl FnMut(std::ops::Range<usize>) -> usize) -> Self {
         let alphabet = Self::ALPHABET;
