@@ -10,7 +10,7 @@
 //!   bar is not computed but found: the greatest rank among the members of each cell in a made-up crowd, and among
 //!   those who are really there. Of all ids tried, the one that clears its lowest margin by most is taken.
 //!
-//! Ids are enumerated: 15 characters come from an id that the peer keeps, and the last five vary. The same question
+//! Ids are enumerated: 16 characters come from an id that the peer keeps, and the last four vary. The same question
 //! always finds the same id, so that a restarted peer is known again.
 
 use std::ops::RangeInclusive;
@@ -27,33 +27,19 @@ const CROWD_COST: u64 = 4_000_000;
 /// Counts of cells at which an id is judged.
 const COUNTS: u32 = 6;
 
-/// Ids that share their start, and so belong to one peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Candidates {
-    base: PeerId,
-    attempt: u8,
-}
-
-impl Candidates {
-    /// Ids that share their start with `base`. Another `attempt` finds other ids, for when somebody has a better one.
-    pub fn of(base: PeerId, attempt: u8) -> Self {
-        Self { base, attempt }
-    }
-
-    /// The id with the greatest score over `i64::MIN`. `score` is told the best so far, and may leave off at what is
-    /// no better.
-    fn best(self, score: impl Fn(HashedId, i64) -> Option<i64>) -> PeerId {
-        let mut best = (i64::MIN, self.base);
-        for number in 0..CANDIDATES {
-            let candidate = self.base.with_ending(self.attempt, number);
-            if let Some(score) = score(HashedId::new(&candidate), best.0)
-                && score > best.0
-            {
-                best = (score, candidate);
-            }
+/// The id with the greatest score, of those that start as `base` does. `score` is told the best so far, and may leave
+/// off at what is no better.
+fn best(base: PeerId, score: impl Fn(HashedId, i64) -> Option<i64>) -> PeerId {
+    let mut best = (i64::MIN, base);
+    for number in 0..CANDIDATES {
+        let candidate = base.with_ending(number);
+        if let Some(score) = score(HashedId::new(&candidate), best.0)
+            && score > best.0
+        {
+            best = (score, candidate);
         }
-        best.1
     }
+    best.1
 }
 
 /// Those who stand for election at one count of cells.
@@ -137,25 +123,30 @@ impl Election {
         self
     }
 
-    /// An id that wins its cell, whichever that is.
-    pub fn bridge(&self, candidates: Candidates) -> PeerId {
-        candidates.best(|id, best| self.lowest_margin(id, best, |field, cell| field.margin(id, cell)))
+    /// An id of `base`'s kind that wins its cell, whichever that is.
+    pub fn bridge(&self, base: PeerId) -> PeerId {
+        best(base, |id, best| self.lowest_margin(id, best, |field, cell| field.margin(id, cell)))
     }
 
     /// An id that is in `cell` and wins it, wherever there are so many cells.
-    pub fn bridge_of(&self, cell: CellIndex, candidates: Candidates) -> PeerId {
+    pub fn bridge_of(&self, cell: CellIndex, base: PeerId) -> PeerId {
         let fields: Vec<&Field> = self.fields.iter().filter(|field| field.count > cell.0).collect();
-        candidates.best(|id, best| {
+        best(base, |id, best| {
             // Whether it would win is quickly seen; whether it belongs there, less so.
             let would_win = fields.iter().all(|field| field.margin(id, cell) > best);
-            let margin = |field: &Field, its| if its == cell { field.margin(id, cell) } else { i64::MIN };
+            let margin = |field: &Field, its| match its {
+                // Where there are fewer cells, nobody is in this one.
+                _ if field.count <= cell.0 => i64::MAX,
+                its if its == cell => field.margin(id, cell),
+                _ => i64::MIN,
+            };
             would_win.then(|| self.lowest_margin(id, best, margin)).flatten()
         })
     }
 
     /// An id that wins nowhere if it can help it.
-    pub fn member(&self, candidates: Candidates) -> PeerId {
-        candidates.best(|id, best| self.lowest_margin(id, best, |field, cell| -field.margin(id, cell)))
+    pub fn member(&self, base: PeerId) -> PeerId {
+        best(base, |id, best| self.lowest_margin(id, best, |field, cell| -field.margin(id, cell)))
     }
 
     /// The least of an id's margins over all elections; `None` once one is not over `best`.
@@ -216,7 +207,7 @@ mod tests {
     #[test]
     fn an_id_wins_its_cell_at_all_likely_sizes_of_the_room() {
         for (counts, rooms) in [(2..=6, [11, 15, 25, 45, 58]), (8..=24, [75, 100, 120, 200, 238])] {
-            let id = Election::expected(counts).bridge(Candidates::of(base(), 0));
+            let id = Election::expected(counts).bridge(base());
             for peers in rooms {
                 let elected = elected(&[id], peers);
                 assert!(elected >= 98, "{elected} of 100 with {peers} peers");
@@ -226,8 +217,8 @@ mod tests {
 
     #[test]
     fn one_id_a_cell_wins_every_cell() {
-        let election = Election::expected(8..=16);
-        let bridge_of = |cell| election.bridge_of(CellIndex(cell), Candidates::of(base(), 0));
+        let election = Election::expected(5..=16);
+        let bridge_of = |cell| election.bridge_of(CellIndex(cell), base());
         let ours: Vec<PeerId> = (0..8).map(bridge_of).collect();
         for (cell, id) in ours.iter().enumerate() {
             for count in [8, 12, 16] {
@@ -242,21 +233,15 @@ mod tests {
     #[test]
     fn who_is_really_there_is_outdone() {
         let others = crowd(72, 5);
-        for attempt in 0..3 {
-            let ours: Vec<PeerId> = (0..8)
-                .map(|cell| {
-                    let election = Election::expected(8..=16).held_among(&others, 8, 10);
-                    election.bridge_of(CellIndex(cell), Candidates::of(base(), attempt))
-                })
-                .collect();
-            let topology = Topology::new(&[others.clone(), ours.clone()].concat(), 10);
-            assert!(ours.iter().all(|id| topology.is_bridge(id)));
-        }
+        let election = Election::expected(8..=16).held_among(&others, 8, 10);
+        let ours: Vec<PeerId> = (0..8).map(|cell| election.bridge_of(CellIndex(cell), base())).collect();
+        let topology = Topology::new(&[others, ours.clone()].concat(), 10);
+        assert!(ours.iter().all(|id| topology.is_bridge(id)));
     }
 
     #[test]
     fn a_member_is_not_elected() {
-        let id = Election::expected(2..=32).member(Candidates::of(base(), 0));
+        let id = Election::expected(2..=32).member(base());
         for peers in [15, 60, 250] {
             let elected = elected(&[id], peers);
             assert!(elected <= 2, "{elected} of 100 with {peers} peers");
@@ -264,12 +249,10 @@ mod tests {
     }
 
     #[test]
-    fn the_same_question_finds_the_same_id_and_another_attempt_another() {
-        let election = Election::expected(2..=6);
-        let id = election.bridge(Candidates::of(base(), 0));
-        assert_eq!(id, Election::expected(2..=6).bridge(Candidates::of(base(), 0)));
-        assert_ne!(id, election.bridge(Candidates::of(base(), 1)));
+    fn the_same_question_finds_the_same_id() {
+        let id = Election::expected(2..=6).bridge(base());
+        assert_eq!(id, Election::expected(2..=6).bridge(base()));
         // It starts as the base does: glare is decided by that.
-        assert_eq!(id.as_str()[..15], base().as_str()[..15]);
+        assert_eq!(id.as_str()[..16], base().as_str()[..16]);
     }
 }

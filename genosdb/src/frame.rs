@@ -1,10 +1,11 @@
 //! Frames of the data channel: how a message is cut into chunks (wire §3).
 
 use std::fmt;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::sync::Arc;
 
 use flate2::Compression;
+use flate2::read::ZlibDecoder;
 use flate2::write::ZlibEncoder;
 
 /// The largest frame, header included, in bytes.
@@ -15,6 +16,9 @@ pub const HEADER_BYTES: usize = NAME_BYTES + 3;
 
 /// Payloads longer than this are deflated, as clients do from about here.
 pub const DEFLATE_FROM_BYTES: usize = 500;
+
+/// So much text is deflated at a time.
+const DEFLATE_PIECE_BYTES: usize = 64 * 1024;
 
 const NAME_BYTES: usize = 12;
 const MAX_CHUNK_BYTES: usize = MAX_FRAME_BYTES - HEADER_BYTES;
@@ -189,9 +193,29 @@ impl Message {
         Self::new(channel, Content::Text(String::new()))
     }
 
+    /// The same message on another channel, deflated once for both.
+    #[must_use]
+    pub fn on(&self, channel: ChannelName) -> Self {
+        Self { channel, ..self.clone() }
+    }
+
     /// The message's channel.
     pub fn channel(&self) -> ChannelName {
         self.channel
+    }
+
+    /// The JSON text of the message; `None` when it is of another kind.
+    pub fn json(&self) -> Option<String> {
+        if self.flags & flag::JSON == 0 || self.flags & flag::BINARY != 0 {
+            return None;
+        }
+        let mut text = String::new();
+        if self.flags & flag::DEFLATED == 0 {
+            text.push_str(std::str::from_utf8(&self.body).ok()?);
+        } else {
+            ZlibDecoder::new(&self.body[..]).read_to_string(&mut text).ok()?;
+        }
+        Some(text)
     }
 
     /// Payload bytes, as they travel.
@@ -225,6 +249,56 @@ impl Message {
         frame.extend_from_slice(&[nonce, self.flags | extra | last, progress(index, frames)]);
         frame.extend_from_slice(chunk);
         frame
+    }
+}
+
+/// A JSON message that is written piece by piece, and deflated as it grows: a graph need not stand in memory as text to
+/// be sent.
+pub struct JsonWriter {
+    channel: ChannelName,
+    /// What is not deflated yet.
+    text: String,
+    deflated: Option<ZlibEncoder<Vec<u8>>>,
+    written: usize,
+}
+
+impl JsonWriter {
+    /// An empty message on `channel`.
+    pub fn new(channel: ChannelName) -> Self {
+        Self { channel, text: String::new(), deflated: None, written: 0 }
+    }
+
+    /// Bytes written so far, before deflating.
+    pub fn written(&self) -> usize {
+        self.written
+    }
+
+    /// Appends text.
+    pub fn push_str(&mut self, text: &str) {
+        self.written += text.len();
+        self.text.push_str(text);
+        if self.text.len() >= DEFLATE_PIECE_BYTES {
+            let encoder = self.deflated.get_or_insert_with(|| ZlibEncoder::new(Vec::new(), Compression::default()));
+            // Writing to memory does not fail.
+            let _ = encoder.write_all(self.text.as_bytes());
+            self.text.clear();
+        }
+    }
+
+    /// The message.
+    pub fn finish(self) -> Message {
+        let Some(mut encoder) = self.deflated else { return Message::new(self.channel, Content::Json(self.text)) };
+        let _ = encoder.write_all(self.text.as_bytes());
+        let mut body = encoder.finish().unwrap_or_default();
+        body.shrink_to_fit();
+        Message { channel: self.channel, flags: flag::JSON | flag::DEFLATED, meta: None, body: body.into() }
+    }
+}
+
+impl fmt::Write for JsonWriter {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        self.push_str(text);
+        Ok(())
     }
 }
 
@@ -289,6 +363,24 @@ mod tests {
             assert_eq!(frames.last().map(|frame| frame[14]), Some(255));
             let carried: usize = frames.iter().map(|frame| frame.len() - HEADER_BYTES).sum();
             assert_eq!(carried, length + 2);
+        }
+    }
+
+    #[test]
+    fn a_message_written_in_pieces_is_the_same_as_one_at_once() {
+        for pieces in [0, 1, 50, 20_000] {
+            let mut writer = JsonWriter::new(ChannelName::SYNC_GRAPH);
+            let mut text = String::from("[");
+            writer.push_str("[");
+            for piece in 0..pieces {
+                let piece = format!("{piece},");
+                writer.push_str(&piece);
+                text.push_str(&piece);
+            }
+            writer.push_str("0]");
+            text.push_str("0]");
+            assert_eq!(writer.written(), text.len());
+            assert_eq!(writer.finish().json(), Some(text));
         }
     }
 

@@ -22,7 +22,7 @@ pub mod topic;
 pub use cells::{CellIndex, Topology};
 pub use clock::{Clock, Hlc};
 pub use envelope::Envelope;
-pub use frame::{ChannelName, Content, Message};
+pub use frame::{ChannelName, Content, JsonWriter, Message};
 pub use graph::{MemoryGraph, Store};
 pub use json::{Json, JsonString};
 pub use operation::{Batch, Node, Operation, Removal};

@@ -106,15 +106,14 @@ impl PeerId {
         bytes.iter().all(u8::is_ascii_alphanumeric).then_some(Self(bytes))
     }
 
-    /// The id with another ending, one for each `number` below 62^4 and each `attempt` below 62: ids of one family.
-    pub fn with_ending(&self, attempt: u8, number: u32) -> Self {
+    /// The id with another ending of four characters, one for each `number` below 62^4.
+    pub fn with_ending(&self, number: u32) -> Self {
         let mut bytes = self.0;
         let mut rest = number;
         for byte in bytes.iter_mut().rev().take(4) {
             *byte = Self::ALPHABET[rest as usize % Self::ALPHABET.len()];
             rest /= 62;
         }
-        bytes[PEER_ID_LENGTH - 5] = Self::ALPHABET[usize::from(attempt) % Self::ALPHABET.len()];
         Self(bytes)
     }
 

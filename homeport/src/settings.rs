@@ -1,19 +1,20 @@
 //! The settings of all services, as file and environment spell them.
 
+mod seed;
 mod turn;
 
-use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use figment::providers::Serialized;
 use figment::value::Dict;
-use seed_peer::{Bounds, ExternalAddress, RelayKey};
+use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
-use turn_server::{ExternalIp, TlsFiles};
+use turn_server::TlsFiles;
 
+pub(crate) use self::seed::SeedSettings;
 pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.
@@ -112,60 +113,6 @@ impl OneOrMany {
     }
 }
 
-/// `[seed]`
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct SeedSettings {
-    /// The UDP port of all WebRTC links.
-    listen: SocketAddr,
-    /// The folder of the archive.
-    pub(crate) data: PathBuf,
-    /// The identity that signs.
-    identity: Option<String>,
-    /// As `turn.external_ip`, and by default the same.
-    external_ip: Option<String>,
-    /// Relays to meet peers through, besides our own.
-    pub(crate) relays: Vec<String>,
-    /// The Nostr secret key that events to relays are signed with.
-    relay_key: Option<String>,
-    /// The rooms to stay in.
-    pub(crate) room: Vec<RoomSettings>,
-    /// Links at a time.
-    max_links: usize,
-    /// Bytes of one message of a peer.
-    max_message_bytes: usize,
-}
-
-impl fmt::Debug for SeedSettings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SeedSettings").field("listen", &self.listen).finish_non_exhaustive()
-    }
-}
-
-/// `[[seed.room]]`
-#[derive(Clone, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct RoomSettings {
-    /// The database's name.
-    pub(crate) name: String,
-    /// Cells, as the apps set them.
-    cells: Option<Cells>,
-    /// The room's password.
-    password: Option<String>,
-    /// Who rules the room.
-    super_admins: Vec<String>,
-}
-
-#[derive(Clone, Serialize, Deserialize)]
-#[serde(untagged)]
-enum Cells {
-    Switch(bool),
-    Sized {
-        #[serde(rename = "cell_size")]
-        _cell_size: u32,
-    },
-}
-
 /// `[metrics]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -228,22 +175,6 @@ impl Default for RelaySettings {
     }
 }
 
-impl Default for SeedSettings {
-    fn default() -> Self {
-        Self {
-            listen: everywhere(3479),
-            data: "homeport-data".into(),
-            identity: None,
-            external_ip: None,
-            relays: Vec::new(),
-            relay_key: None,
-            room: Vec::new(),
-            max_links: 4_096,
-            max_message_bytes: 64 << 20,
-        }
-    }
-}
-
 impl Default for MetricsSettings {
     fn default() -> Self {
         Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) }
@@ -272,9 +203,7 @@ fn read(
         data.clone_into(&mut settings.seed.data);
     }
     for name in rooms {
-        if !settings.seed.room.iter().any(|room| room.name == *name) {
-            settings.seed.room.push(RoomSettings { name: name.clone(), ..RoomSettings::default() });
-        }
+        settings.seed.add_room(name);
     }
     settings.check()?;
     Ok(settings)
@@ -284,9 +213,6 @@ impl Settings {
     /// Refuses what this version cannot do: better than leaving it out in silence.
     fn check(&self) -> Result<(), SettingsError> {
         let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
-        if self.seed.identity.is_some() {
-            return not_yet("seed.identity");
-        }
         if let Some(tls) = &self.tls
             && tls.acme.is_none()
         {
@@ -298,31 +224,7 @@ impl Settings {
         if self.relay.admission == Admission::Rooms && self.seed.room.is_empty() {
             return Err(SettingsError::of("relay.admission", "\"rooms\" needs a [[seed.room]], or nobody is served"));
         }
-        let mut names = std::collections::BTreeSet::new();
-        for room in &self.seed.room {
-            if room.name.is_empty() {
-                return Err(SettingsError::of("seed.room.name", "a room needs the name of its database"));
-            }
-            if !names.insert(&room.name) {
-                return Err(SettingsError::of("seed.room.name", format_args!("{:?} stands there twice", room.name)));
-            }
-            match room.cells {
-                None | Some(Cells::Switch(false)) => {}
-                Some(Cells::Switch(true) | Cells::Sized { .. }) => return not_yet("seed.room.cells"),
-            }
-            if !room.super_admins.is_empty() {
-                return not_yet("seed.room.super_admins");
-            }
-        }
-        for url in &self.seed.relays {
-            if !url.starts_with("ws://") && !url.starts_with("wss://") {
-                return Err(SettingsError::of(
-                    "seed.relays",
-                    format_args!("{url:?} does not start with ws:// or wss://"),
-                ));
-            }
-        }
-        Ok(())
+        self.seed.check()
     }
 
     /// The relay's configuration; `routes` are pages besides its own, `seed` is the key of the seed in this process.
@@ -375,51 +277,6 @@ impl Settings {
             None => Ok(RelayKey::generate()),
         }
     }
-
-    /// The seed's configuration, with `own_relay` in front of its relays.
-    pub(crate) async fn seed(
-        &self,
-        own_relay: Option<String>,
-        relay_key: RelayKey,
-    ) -> Result<seed_peer::Config, SettingsError> {
-        let external = match &self.seed.external_ip {
-            Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
-            // The seed's links have one address; of several, that of IPv4.
-            None => {
-                let ips = self.turn_external_ips()?;
-                let is_v4 = |ip: &&ExternalIp| match ip {
-                    ExternalIp::Auto | ExternalIp::Stun(_) => false,
-                    ExternalIp::Address(public) | ExternalIp::Mapped { public, .. } => public.is_ipv4(),
-                };
-                ips.iter().find(is_v4).or(ips.first()).cloned().unwrap_or_default()
-            }
-        };
-        let external = match external {
-            ExternalIp::Auto => None,
-            ExternalIp::Stun(_) => {
-                let addresses = turn_server::Addresses::find(&[external], self.seed.listen.ip()).await;
-                let own = addresses.v4.or(addresses.v6).filter(|own| own.public != own.bind);
-                own.map(|own| ExternalAddress { public: own.public, private: Some(own.bind) })
-            }
-            ExternalIp::Address(public) => Some(ExternalAddress { public, private: None }),
-            ExternalIp::Mapped { public, private } => Some(ExternalAddress { public, private: Some(private) }),
-        };
-        let rooms = self.seed.room.iter().map(|room| seed_peer::RoomConfig {
-            name: room.name.clone(),
-            password: room.password.clone().unwrap_or_default(),
-        });
-        Ok(seed_peer::Config {
-            listen: self.seed.listen,
-            relay_key,
-            external,
-            data: self.seed.data.clone(),
-            relays: own_relay.into_iter().chain(self.seed.relays.iter().cloned()).collect(),
-            rooms: rooms.collect(),
-            bounds: Bounds::default(),
-            message_bytes: self.seed.max_message_bytes,
-            max_links: self.seed.max_links,
-        })
-    }
 }
 
 /// A public key as 64 digits of hex.
@@ -461,6 +318,15 @@ mod tests {
             [[seed.room]]
             name = "my-app"
             password = "pw"
+            [[seed.room]]
+            name = "crowd"
+            cells = { cell_size = 5, bridge = "every" }
+            [[seed.room]]
+            name = "mesh"
+            cells = false
+            [[seed.room]]
+            name = "default"
+            cells = true
             [metrics]
             listen = "127.0.0.1:9004"
             "#)
@@ -470,7 +336,15 @@ mod tests {
         assert_eq!(turn.credentials.users["alice"], "password");
         let seed = settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap()).await.unwrap();
         assert_eq!(seed.relays, ["ws://127.0.0.1:9001/", "wss://relay.example.org"]);
-        assert_eq!(seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(), ["my-app", "extra"]);
+        assert_eq!(
+            seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(),
+            ["my-app", "crowd", "mesh", "default", "extra"]
+        );
+        let cells = |cell_size, bridge| Some(seed_peer::CellsConfig { cell_size, bridge });
+        let [_, crowd, mesh, default, _] = &seed.rooms[..] else { panic!("five rooms") };
+        assert_eq!(crowd.cells, cells(5, seed_peer::Bridge::Every));
+        assert_eq!((mesh.cells, default.cells), (None, cells(10, seed_peer::Bridge::One)));
+        assert_eq!(seed.keep, None);
         // The seed stands behind the same mapping as TURN.
         assert_eq!(seed.external.map(|external| external.public.to_string()).as_deref(), Some("203.0.113.7"));
         assert!(!format!("{settings:?}").contains("north"));
@@ -491,8 +365,12 @@ mod tests {
             ("[[seed.room]]\npasword = \"x\"", "password"),
             ("[[seed.room]]\nname = \"\"", "seed.room.name"),
             ("[[seed.room]]\nname = \"a\"\n[[seed.room]]\nname = \"a\"", "twice"),
-            ("[[seed.room]]\nname = \"a\"\ncells = true", "seed.room.cells"),
-            ("[[seed.room]]\nname = \"a\"\ncells = { cell_size = 5 }", "seed.room.cells"),
+            ("[[seed.room]]\nname = \"a\"\ncells = { cell_size = 1, bridge = \"every\" }", "seed.room.cells.cell_size"),
+            ("[[seed.room]]\nname = \"a\"\ncells = { cell_size = 0 }", "seed.room.cells.cell_size"),
+            ("[[seed.room]]\nname = \"a\"\ncells = { bridge = \"two\" }", "bridge"),
+            ("[[seed.room]]\nname = \"a\"\ncells = { size = 5 }", "cells.size"),
+            ("[[seed.room]]\nname = \"a\"\ncells = 5", "cells"),
+            ("[seed]\nkeep = \"90 parsecs\"", "seed.keep"),
             ("[seed]\nrelays = [\"https://x\"]", "seed.relays"),
             ("[seeds]\ndata = \"x\"", "seed"),
         ] {

@@ -3,16 +3,21 @@
 
 mod addresses;
 mod archive;
+mod cells;
 mod link;
 mod links;
 mod mesh;
 mod metrics;
 mod relay_key;
 mod room;
+mod rooms;
+mod roster;
 mod server;
 mod signalling;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, OpenError};
+pub use cells::{Bridge, CellsConfig};
 pub use relay_key::{RelayKey, RelayKeyError};
+pub use rooms::{RoomError, RoomStatus, Rooms, Source};
 pub use server::{Config, RoomConfig, Server, StartError};

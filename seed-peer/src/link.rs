@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use genosdb::frame::{Frame, Nonces};
 use genosdb::reassembler::ReassemblyError;
-use genosdb::{ChannelName, Content, Limits, Message, Reassembler};
+use genosdb::{CellIndex, ChannelName, Content, Limits, Message, Reassembler};
 use str0m::change::{SdpAnswer, SdpOffer, SdpPendingOffer};
 use str0m::channel::ChannelId;
 use str0m::config::DtlsCert;
@@ -33,8 +33,10 @@ const MAX_MALFORMED: u32 = 64;
 /// What a link listens to, and what its peer may make us hold.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Listening {
-    /// The channel whose messages are wanted, besides the transport's own; frames of others are not kept.
-    pub(crate) channel: Option<ChannelName>,
+    /// Whether the graph's channel is wanted. Frames of channels that are not wanted are not kept.
+    pub(crate) graph: bool,
+    /// Whether the channels of cells are wanted.
+    pub(crate) cells: bool,
     pub(crate) limits: Limits,
 }
 
@@ -47,6 +49,8 @@ pub(crate) enum LinkOutput {
     Opened,
     /// A message of the peer, and its size as it travelled.
     Message { channel: ChannelName, content: Content, bytes: usize },
+    /// The peer takes the room for one in cells, which it is not to us. Said once.
+    SpeaksCells,
     /// Something of the peer was malformed or too much, and was left out.
     Refused(Refused),
     /// The link is over.
@@ -114,7 +118,9 @@ pub(crate) struct Link {
     channel: Option<ChannelId>,
     sending: VecDeque<Sending>,
     nonces: Nonces,
-    wanted: Option<ChannelName>,
+    graph: bool,
+    cells: bool,
+    speaks_cells: bool,
     reassembler: Reassembler,
     malformed: u32,
     heard: Instant,
@@ -149,7 +155,9 @@ impl Link {
             channel: None,
             sending: VecDeque::new(),
             nonces: Nonces::default(),
-            wanted: listening.channel,
+            graph: listening.graph,
+            cells: listening.cells,
+            speaks_cells: false,
             reassembler: Reassembler::new(listening.limits),
             malformed: 0,
             heard: now,
@@ -381,7 +389,13 @@ impl Link {
                 return self.refuse(Refused::Frame);
             }
         };
-        if !frame.channel.is_internal() && Some(frame.channel) != self.wanted {
+        let is_of_a_cell = CellIndex::of_channel(frame.channel).is_some();
+        if is_of_a_cell && !self.cells && !self.speaks_cells {
+            self.speaks_cells = true;
+            self.outputs.push_back(LinkOutput::SpeaksCells);
+        }
+        let wanted = (self.graph && frame.channel == ChannelName::SYNC_GRAPH) || (self.cells && is_of_a_cell);
+        if !frame.channel.is_internal() && !wanted {
             return;
         }
         match self.reassembler.push(&frame) {
@@ -460,7 +474,8 @@ mod tests {
     }
 
     const NOTHING: Listening = Listening {
-        channel: None,
+        graph: false,
+        cells: false,
         limits: Limits { message_bytes: 1, unfinished_bytes: 1, unfinished_messages: 1, meta_bytes: 1 },
     };
 

@@ -1,24 +1,30 @@
 //! The one task that moves everything between relays, links and archive.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+mod databases;
+mod messages;
+mod room;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use genosdb::{
-    APP_ID, Batch, ChannelName, Content, Hlc, Limits, Message, Operation, PeerId, Room, SdpKey, SealedDescription,
-    Signal, Topic, operation::Sync,
-};
+use genosdb::{ChannelName, Limits, Message, PeerId, SdpKey, SealedDescription, Signal};
 use rand::RngCore as _;
 use str0m::config::DtlsCert;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
-use crate::archive::{Archive, Known, Reply, RoomKey};
-use crate::link::{CloseReason, Link, LinkOutput, Listening, Refused};
+use crate::archive::{Archive, Reply};
+use crate::link::{CloseReason, Link, LinkOutput, Refused};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
 use crate::room::{Action, RoomPeer, Said, Why};
-use crate::signalling::{Heard, RelayIndex, Signalling};
+use crate::rooms::Command;
+use crate::signalling::{Heard, Listener, RelayIndex, Signalling};
+
+pub(crate) use databases::Database;
+use messages::OperationRate;
+use room::MeshRoom;
 
 /// Event ids that are remembered: the same event comes from every relay that has it.
 const REMEMBERED_EVENTS: usize = 4_096;
@@ -26,60 +32,41 @@ const REMEMBERED_EVENTS: usize = 4_096;
 const BATCHES_IN_A_ROW: usize = 16;
 /// How long a shutdown waits for messages that are on their way.
 const DRAIN: Duration = Duration::from_millis(400);
+/// Rooms announce themselves so far apart when a relay is reached: with hundreds, all at once would be too much for it.
+const ANNOUNCE_SPACING: Duration = Duration::from_millis(3);
 
-/// One of the two rooms of a database.
-pub(crate) struct MeshRoom {
-    room: Room,
-    root: Topic,
-    key: SdpKey,
-    peer: RoomPeer,
-    /// The configured name, for metrics.
-    name: String,
-    /// Where the graph is kept; `None` for the application's room, which the seed attends without a say.
-    archive: Option<RoomKey>,
-    latest: Option<Hlc>,
-}
-
-impl MeshRoom {
-    pub(crate) fn new(
-        room: Room,
-        password: &str,
-        peer: RoomPeer,
-        name: String,
-        archive: Option<RoomKey>,
-        latest: Option<Hlc>,
-    ) -> Self {
-        let key = SdpKey::derive(password, APP_ID, &room);
-        Self { root: room.root_topic(), room, key, peer, name, archive, latest }
-    }
-
-    pub(crate) fn root(&self) -> &Topic {
-        &self.root
-    }
-
-    pub(crate) fn own_topic(&self) -> Topic {
-        self.room.self_topic(&self.peer.id())
-    }
-}
+/// Names a room for as long as the process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct RoomId(pub(crate) u64);
 
 /// Whose link it is.
 struct Owner {
-    room: usize,
+    room: RoomId,
+    us: PeerId,
     peer: PeerId,
+    relay: RelayIndex,
     made: Instant,
-    opened: bool,
+    /// When it opened.
+    opened: Option<Instant>,
+    /// Whether the peer has asked for what it lacks.
+    asked: bool,
     /// The log entry up to which the peer was sent everything on this link.
     sent: Option<u64>,
+    /// Whether the peer has sent a frame on a cell's channel.
+    speaks_cells: bool,
+    /// Whether the peer is in a full mesh while the room is in cells.
+    in_full_mesh: bool,
+    rate: OperationRate,
 }
 
 /// Everything that the seed is connected to, and what it is made of.
 pub(crate) struct Mesh {
-    pub(crate) rooms: Vec<MeshRoom>,
     pub(crate) links: Links,
     pub(crate) addresses: Addresses,
     pub(crate) certificate: DtlsCert,
     pub(crate) limits: Limits,
     pub(crate) max_links: usize,
+    pub(crate) operations_per_second: u32,
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
     pub(crate) metrics: Metrics,
@@ -89,6 +76,12 @@ pub(crate) struct Mesh {
 /// What a mesh learns while it runs.
 #[derive(Default)]
 pub(crate) struct State {
+    /// By name.
+    databases: BTreeMap<String, Database>,
+    rooms: HashMap<RoomId, MeshRoom>,
+    next_room: u64,
+    /// When each room is to be looked at.
+    deadlines: BTreeSet<(Instant, RoomId)>,
     owners: HashMap<LinkId, Owner>,
     seen: HashSet<String>,
     seen_order: VecDeque<String>,
@@ -101,6 +94,7 @@ impl Mesh {
         mut self,
         mut heard: Receiver<Heard>,
         mut replies: UnboundedReceiver<Reply>,
+        mut commands: Receiver<Command>,
         stop: CancellationToken,
     ) -> Archive {
         loop {
@@ -122,6 +116,7 @@ impl Mesh {
                 }
                 Some(reply) = replies.recv() => self.handle_reply(reply),
                 Some(heard) = heard.recv() => self.handle_heard(heard),
+                Some(command) = commands.recv() => self.handle_command(command),
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
             self.handle_time(Instant::now());
@@ -130,41 +125,205 @@ impl Mesh {
     }
 
     fn next_wake(&self, now: Instant) -> Instant {
-        let rooms = self.rooms.iter().map(|room| room.peer.next_tick()).min();
-        let wake = rooms.into_iter().chain(self.links.next_deadline()).min();
+        let room = self.state.deadlines.first().map(|(at, _)| *at);
+        let wake = room.into_iter().chain(self.links.next_deadline()).min();
         wake.unwrap_or(now + Duration::from_secs(1)).min(now + Duration::from_secs(3600))
     }
 
     fn handle_time(&mut self, now: Instant) {
         self.links.handle_timeouts(now, &mut self.state.events);
         self.handle_events(now);
-        for room in 0..self.rooms.len() {
+        while let Some(&(at, room)) = self.state.deadlines.first()
+            && at <= now
+        {
+            self.look_at(room, now);
+            self.schedule(room, now);
+        }
+    }
+
+    /// Puts a room into the queue again, for when it has something to do.
+    fn schedule(&mut self, id: RoomId, now: Instant) {
+        if let Some(room) = self.state.rooms.get_mut(&id) {
+            // Never twice at one moment.
+            let at = room.next_tick().max(now + Duration::from_millis(1));
+            self.state.deadlines.remove(&(room.deadline, id));
+            room.deadline = at;
+            self.state.deadlines.insert((at, id));
+        } else {
+            self.state.deadlines.retain(|(_, other)| *other != id);
+        }
+    }
+
+    fn look_at(&mut self, id: RoomId, now: Instant) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        if self.metrics.relays_connected.get() > 0 {
+            room.roster.look_through(now);
+        }
+        let mut actions = Vec::new();
+        for member in &mut room.members {
+            let mut its_actions = Vec::new();
+            member.tick(now, &mut its_actions);
+            actions.push((member.id(), its_actions));
+        }
+        let answer = room.room_answers.due(now);
+        let (archive, is_due) = (room.archive, room.roster.is_due(now));
+        let is_unfinished = room.cells.as_ref().is_some_and(|cells| cells.is_unfinished(now));
+        for (us, actions) in actions {
+            self.act(now, id, us, actions);
+        }
+        if let Some(known) = answer {
+            self.archive.answer(archive, crate::archive::Asker::Room(id), known);
+        }
+        if is_due || is_unfinished {
+            self.seal(id, now);
+        }
+        self.prune(id, now);
+        self.count_presence(id);
+    }
+
+    /// The roster has come to rest: makes the topology, and the links that it asks for.
+    fn seal(&mut self, id: RoomId, now: Instant) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        room.roster.sealed();
+        let Some(cells) = &mut room.cells else { return };
+        let change = cells.seal(&room.roster, now);
+        tracing::debug!(
+            room = %room.name, peers = room.roster.len(), cells = cells.total_cells(), bridged = cells.bridged(),
+            "a roster is sealed"
+        );
+        let mut joined = Vec::new();
+        for us in &change.added {
+            room.members.push(RoomPeer::new(*us, self.max_links, now));
+            joined.push(room.own_topic(*us));
+        }
+        if !joined.is_empty() {
+            self.signalling.listen(joined);
+        }
+        for us in &change.dropped {
+            self.leave(id, *us, now);
+        }
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        let Some(cells) = &room.cells else { return };
+        let mut dials = Vec::new();
+        for member in &mut room.members {
+            let us = member.id();
             let mut actions = Vec::new();
-            self.rooms[room].peer.tick(now, &mut actions);
-            self.act(now, room, actions);
+            for peer in room.roster.iter().filter(|peer| cells.wants(&us, peer)) {
+                if let Some(relay) = room.roster.relay_of(&peer) {
+                    member.meet(peer, relay, &mut actions);
+                }
+            }
+            dials.push((us, actions));
+        }
+        for (us, actions) in dials {
+            self.act(now, id, us, actions);
+        }
+        self.answer_the_silent(id);
+    }
+
+    /// Ends the links that the topology has no place for.
+    fn prune(&mut self, id: RoomId, now: Instant) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        let Some(cells) = &room.cells else { return };
+        let owners = &self.state.owners;
+        let surplus: Vec<(PeerId, PeerId)> = room
+            .links()
+            .filter(|(us, peer, link)| {
+                owners.get(link).is_some_and(|owner| {
+                    !owner.in_full_mesh && owner.opened.is_some_and(|opened| cells.is_surplus(us, peer, opened, now))
+                })
+            })
+            .map(|(us, peer, _)| (us, peer))
+            .collect();
+        for (us, peer) in surplus {
+            let mut actions = Vec::new();
+            if let Some(member) = self.state.rooms.get_mut(&id).and_then(|room| room.member(us)) {
+                member.end(peer, Why::Surplus, &mut actions);
+            }
+            self.act(now, id, us, actions);
+        }
+    }
+
+    /// Leaves a room under one of the seed's ids.
+    fn leave(&mut self, id: RoomId, us: PeerId, now: Instant) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        self.signalling.publish(None, &room.root, &Signal::Bye { peer: us });
+        let (topic, _) = room.own_topic(us);
+        self.signalling.unlisten([&topic]);
+        let links: Vec<LinkId> =
+            room.members.iter().filter(|member| member.id() == us).flat_map(RoomPeer::all_links).collect();
+        room.members.retain(|member| member.id() != us);
+        for link in links {
+            self.send(link, Message::empty(ChannelName::LEAVE));
+            self.drop_link(link, Why::Leaving, now);
         }
     }
 
     fn handle_heard(&mut self, heard: Heard) {
         let now = Instant::now();
         match heard {
-            Heard::Reached => self.rooms.iter_mut().for_each(|room| room.peer.relay_reached(now)),
-            Heard::Said { relay, event_id, room, to_self, signal } => {
-                if self.is_known_event(event_id) {
-                    return;
+            Heard::Reached => {
+                let mut at = now;
+                let mut ids: Vec<RoomId> = self.state.rooms.keys().copied().collect();
+                ids.sort_unstable();
+                for id in ids {
+                    if let Some(room) = self.state.rooms.get_mut(&id) {
+                        room.roster.relay_reached(now);
+                        room.members.iter_mut().for_each(|member| member.relay_reached(at));
+                        at += ANNOUNCE_SPACING;
+                    }
+                    self.schedule(id, now);
                 }
-                let peer = signal.peer();
-                if let Some(said) = self.said(room, signal, to_self) {
-                    let mut actions = Vec::new();
-                    self.rooms[room].peer.handle(peer, said, relay, now, &mut actions);
-                    self.act(now, room, actions);
+            }
+            Heard::Said { relay, event_id, listener, signal } => {
+                if !self.is_known_event(event_id) {
+                    self.handle_signal(relay, listener, signal, now);
+                    self.schedule(listener.room, now);
                 }
             }
         }
     }
 
+    fn handle_signal(&mut self, relay: RelayIndex, listener: Listener, signal: Signal, now: Instant) {
+        let Listener { room: id, us } = listener;
+        let peer = signal.peer();
+        let Some(room) = self.state.rooms.get(&id) else { return };
+        if room.members.iter().any(|member| member.id() == peer) {
+            return;
+        }
+        let Some(said) = self.said(room, signal, us.is_some()) else { return };
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
+        match &said {
+            Said::Announce => {
+                if room.roster.heard(peer, relay, now) {
+                    room.members.iter_mut().for_each(|member| member.newcomer(now));
+                }
+            }
+            Said::Bye => room.roster.bye(peer, now),
+            Said::Offer { .. } | Said::Answer { .. } => {}
+        }
+        let mut actions = Vec::new();
+        for member in &mut room.members {
+            let its = member.id();
+            let concerned = match (&said, &room.cells) {
+                (Said::Announce, Some(cells)) => cells.wants(&its, &peer),
+                (Said::Announce, None) | (Said::Bye, _) => true,
+                (Said::Offer { .. } | Said::Answer { .. }, _) => us == Some(its),
+            };
+            if concerned {
+                let mut its_actions = Vec::new();
+                member.handle(peer, said.clone(), relay, now, &mut its_actions);
+                actions.push((its, its_actions));
+            }
+        }
+        for (us, actions) in actions {
+            self.act(now, id, us, actions);
+        }
+        self.count_presence(id);
+    }
+
     /// What a signal says, its description opened; `None` where it says nothing to us.
-    fn said(&self, room: usize, signal: Signal, to_self: bool) -> Option<Said> {
+    fn said(&self, room: &MeshRoom, signal: Signal, to_self: bool) -> Option<Said> {
         match (signal, to_self) {
             (Signal::Announce { .. }, false) => Some(Said::Announce),
             (Signal::Bye { .. }, false) => Some(Said::Bye),
@@ -188,87 +347,88 @@ impl Mesh {
         false
     }
 
-    fn act(&mut self, now: Instant, room: usize, actions: Vec<Action>) {
+    fn act(&mut self, now: Instant, room: RoomId, us: PeerId, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::Announce => {
-                    let MeshRoom { root, peer, .. } = &self.rooms[room];
-                    self.signalling.publish(None, root, &Signal::Announce { peer: peer.id() });
+                    if let Some(room) = self.state.rooms.get(&room) {
+                        self.signalling.publish(None, &room.root, &Signal::Announce { peer: us });
+                    }
                 }
-                Action::Dial { peer, relay } => self.dial(now, room, peer, relay),
-                Action::Accept { peer, relay, sdp } => self.accept(now, room, peer, relay, &sdp),
-                Action::Complete { peer, link, sdp } => self.complete(now, room, peer, link, &sdp),
-                Action::Drop { link, why } => self.drop_link(link, why),
+                Action::Dial { peer, relay } => self.dial(now, room, us, peer, relay),
+                Action::Accept { peer, relay, sdp } => self.accept(now, room, us, peer, relay, &sdp),
+                Action::Complete { link, sdp, .. } => self.complete(now, link, &sdp),
+                Action::Drop { link, why, .. } => self.drop_link(link, why, now),
                 Action::Joined { peer, link } => self.joined(room, peer, link),
                 Action::Left { peer } => {
-                    tracing::debug!(room = %self.rooms[room].name, %peer, "a peer has left");
+                    if let Some(room) = self.state.rooms.get(&room) {
+                        tracing::debug!(room = %room.name, %peer, "a peer has left");
+                    }
                 }
             }
         }
         self.handle_events(now);
     }
 
-    fn dial(&mut self, now: Instant, room: usize, peer: PeerId, relay: RelayIndex) {
+    fn dial(&mut self, now: Instant, id: RoomId, us: PeerId, peer: PeerId, relay: RelayIndex) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
         if self.links.len() >= self.max_links {
             return;
         }
         let candidates = self.addresses.candidates();
-        match Link::offer(now, self.certificate.clone(), candidates, self.listening(room)) {
+        match Link::offer(now, self.certificate.clone(), candidates, room.listening(self.limits)) {
             Ok((link, sdp)) => {
-                let link = self.add_link(now, room, peer, link);
-                let MeshRoom { room: name, key, peer: us, .. } = &mut self.rooms[room];
-                us.dialled(peer, link, now);
-                let signal = Signal::Offer { peer: us.id(), sdp: seal(key, &sdp), superpeer: true };
-                self.signalling.publish(Some(relay), &name.self_topic(&peer), &signal);
+                let link = self.add_link(now, id, us, peer, relay, link);
+                let Some(room) = self.state.rooms.get_mut(&id) else { return };
+                if let Some(member) = room.member(us) {
+                    member.dialled(peer, link, now);
+                }
+                let signal = Signal::Offer { peer: us, sdp: seal(&room.key, &sdp), superpeer: true };
+                self.signalling.publish(Some(relay), &room.room.self_topic(&peer), &signal);
             }
             Err(error) => tracing::warn!(%error, "cannot dial"),
         }
     }
 
-    fn accept(&mut self, now: Instant, room: usize, peer: PeerId, relay: RelayIndex, offer: &str) {
+    fn accept(&mut self, now: Instant, id: RoomId, us: PeerId, peer: PeerId, relay: RelayIndex, offer: &str) {
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
         if self.links.len() >= self.max_links {
             return;
         }
         let candidates = self.addresses.candidates();
-        match Link::answer(now, self.certificate.clone(), candidates, self.listening(room), offer) {
+        match Link::answer(now, self.certificate.clone(), candidates, room.listening(self.limits), offer) {
             Ok((link, sdp)) => {
-                let link = self.add_link(now, room, peer, link);
-                let MeshRoom { room: name, key, peer: us, .. } = &mut self.rooms[room];
-                us.accepted(peer, link, now);
-                let signal = Signal::Answer { peer: us.id(), sdp: seal(key, &sdp) };
-                self.signalling.publish(Some(relay), &name.self_topic(&peer), &signal);
+                let link = self.add_link(now, id, us, peer, relay, link);
+                let Some(room) = self.state.rooms.get_mut(&id) else { return };
+                if let Some(member) = room.member(us) {
+                    member.accepted(peer, link, now);
+                }
+                let signal = Signal::Answer { peer: us, sdp: seal(&room.key, &sdp) };
+                self.signalling.publish(Some(relay), &room.room.self_topic(&peer), &signal);
             }
             Err(error) => self.refuse_description(&error),
         }
     }
 
-    fn complete(&mut self, now: Instant, room: usize, peer: PeerId, link: LinkId, answer: &str) {
+    fn complete(&mut self, now: Instant, link: LinkId, answer: &str) {
         let Some(dialled) = self.links.get_mut(link) else { return };
-        let accepted = dialled.accept_answer(answer);
-        if let Err(error) = accepted {
+        if let Err(error) = dialled.accept_answer(answer) {
             self.refuse_description(&error);
             return;
         }
-        tracing::trace!(room = %self.rooms[room].name, %peer, "a peer has answered");
         self.links.touch(now, link);
     }
 
     /// Opens a sealed description; what does not open was sealed with another password, or by nobody.
-    fn open(&self, room: usize, sealed: &SealedDescription) -> Option<String> {
-        match self.rooms[room].key.open(&sealed.0) {
+    fn open(&self, room: &MeshRoom, sealed: &SealedDescription) -> Option<String> {
+        match room.key.open(&sealed.0) {
             Ok(sdp) => Some(sdp),
             Err(error) => {
                 self.metrics.link_outcomes.with_label_values(&["wrong_password"]).inc();
-                tracing::debug!(room = %self.rooms[room].name, %error, "a description did not open");
+                tracing::debug!(room = %room.name, %error, "a description did not open");
                 None
             }
         }
-    }
-
-    /// What the links of a room listen to: the application's own messages are not for us.
-    fn listening(&self, room: usize) -> Listening {
-        let channel = self.rooms[room].archive.map(|_| ChannelName::SYNC_GRAPH);
-        Listening { channel, limits: self.limits }
     }
 
     fn refuse_description(&self, error: &crate::link::DescriptionError) {
@@ -276,17 +436,39 @@ impl Mesh {
         tracing::debug!(error = ?error.to_string(), "a description was refused");
     }
 
-    fn add_link(&mut self, now: Instant, room: usize, peer: PeerId, link: Link) -> LinkId {
+    fn add_link(
+        &mut self,
+        now: Instant,
+        room: RoomId,
+        us: PeerId,
+        peer: PeerId,
+        relay: RelayIndex,
+        link: Link,
+    ) -> LinkId {
         let id = self.links.add(now, link);
-        self.state.owners.insert(id, Owner { room, peer, made: now, opened: false, sent: None });
+        let owner = Owner {
+            room,
+            us,
+            peer,
+            relay,
+            made: now,
+            opened: None,
+            asked: false,
+            sent: None,
+            speaks_cells: false,
+            in_full_mesh: false,
+            rate: OperationRate::new(self.operations_per_second),
+        };
+        self.state.owners.insert(id, owner);
         id
     }
 
     /// Ends a link that the room no longer wants.
-    fn drop_link(&mut self, link: LinkId, why: Why) {
+    fn drop_link(&mut self, link: LinkId, why: Why, now: Instant) {
         let Some(owner) = self.state.owners.remove(&link) else { return };
-        if owner.opened {
+        if owner.opened.is_some() {
             self.metrics.disconnects.with_label_values(&[why.label()]).inc();
+            self.unlinked(&owner, false, now);
         } else {
             self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
         }
@@ -295,21 +477,37 @@ impl Mesh {
         self.count_links(owner.room);
     }
 
-    fn count_links(&self, room: usize) {
-        let name = &self.rooms[room].name;
-        let open: usize =
-            self.rooms.iter().filter(|other| other.name == *name).map(|other| other.peer.open_links()).sum();
-        self.metrics.links.with_label_values(&[name]).set(i64::try_from(open).unwrap_or(i64::MAX));
+    /// A link that was open has ended.
+    fn unlinked(&mut self, owner: &Owner, died: bool, now: Instant) {
+        let Some(room) = self.state.rooms.get_mut(&owner.room) else { return };
+        let is_bridge = room.cells.as_ref().is_some_and(|cells| cells.is_bridge(&owner.peer));
+        room.roster.unlinked(owner.peer, died, is_bridge, now);
+        if room.link_to(&owner.peer).is_none()
+            && let Some(cells) = &mut room.cells
+        {
+            cells.unlinked(&owner.peer);
+        }
     }
 
-    /// A peer is here: ask it for what we lack (wire §4).
-    fn joined(&mut self, room: usize, peer: PeerId, link: LinkId) {
-        self.count_links(room);
-        let MeshRoom { archive, latest, name, .. } = &self.rooms[room];
-        tracing::debug!(room = %name, %peer, "a peer has joined");
-        if archive.is_some() {
-            let question = sync_message(*latest);
-            self.send(link, question);
+    fn count_links(&self, id: RoomId) {
+        let Some(room) = self.state.rooms.get(&id) else { return };
+        let Some(database) = self.state.databases.get(&room.name) else { return };
+        let rooms = database.rooms.iter().filter_map(|id| self.state.rooms.get(id));
+        let open: usize = rooms.map(MeshRoom::open_links).sum();
+        self.metrics.links.with_label_values(&[&room.name]).set(i64::try_from(open).unwrap_or(i64::MAX));
+    }
+
+    /// Publishes who is there as a number.
+    fn count_presence(&self, id: RoomId) {
+        if let Some(room) = self.state.rooms.get(&id)
+            && room.part == room::Part::Graph
+        {
+            let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
+            self.metrics.present.with_label_values(&[&room.name]).set(number(room.roster.len()));
+            if let Some(cells) = &room.cells {
+                self.metrics.cells.with_label_values(&[&room.name]).set(number(cells.total_cells()));
+                self.metrics.bridged_cells.with_label_values(&[&room.name]).set(number(cells.bridged()));
+            }
         }
     }
 
@@ -335,22 +533,30 @@ impl Mesh {
 
     fn handle_event(&mut self, now: Instant, link: LinkId, output: LinkOutput) {
         let Some(owner) = self.state.owners.get_mut(&link) else { return };
-        let (room, peer) = (owner.room, owner.peer);
+        let (id, us, peer) = (owner.room, owner.us, owner.peer);
         match output {
             LinkOutput::Opened => {
-                owner.opened = true;
+                owner.opened = Some(now);
                 self.metrics.link_outcomes.with_label_values(&["opened"]).inc();
                 self.metrics.link_open_seconds.observe((now - owner.made).as_secs_f64());
+                let relay = owner.relay;
                 let mut actions = Vec::new();
-                self.rooms[room].peer.link_opened(peer, link, &mut actions);
-                self.act_later(now, room, actions);
+                if let Some(room) = self.state.rooms.get_mut(&id) {
+                    room.roster.linked(peer, relay, now);
+                    if let Some(member) = room.member(us) {
+                        member.link_opened(peer, link, &mut actions);
+                    }
+                }
+                self.act_later(now, id, us, actions);
+                self.schedule(id, now);
             }
             LinkOutput::Message { channel, content, bytes } => {
                 self.metrics.messages.with_label_values(&["in"]).inc();
                 let counted = u64::try_from(bytes).unwrap_or(u64::MAX);
                 self.metrics.message_bytes.with_label_values(&["in"]).inc_by(counted);
-                self.handle_message(room, link, channel, content, bytes);
+                self.handle_message(now, link, channel, content, bytes);
             }
+            LinkOutput::SpeaksCells => self.mismatch(id, messages::Mismatch::ClientInCells),
             LinkOutput::Refused(what) => {
                 let label = match what {
                     Refused::Frame => "frame",
@@ -359,92 +565,46 @@ impl Mesh {
                 self.metrics.refused.with_label_values(&[label]).inc();
             }
             LinkOutput::Closed(reason) => {
-                if owner.opened {
+                let Some(owner) = self.state.owners.remove(&link) else { return };
+                self.links.remove(link);
+                if owner.opened.is_some() {
                     self.metrics.disconnects.with_label_values(&[reason.label()]).inc();
+                    let died = matches!(reason, CloseReason::Silent | CloseReason::Failed);
+                    self.unlinked(&owner, died, now);
                 } else {
                     self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
                 }
-                tracing::debug!(room = %self.rooms[room].name, %peer, reason = reason.label(), "a link has ended");
-                self.state.owners.remove(&link);
-                self.links.remove(link);
                 let mut actions = Vec::new();
-                self.rooms[room].peer.link_closed(peer, link, &mut actions);
-                self.act_later(now, room, actions);
-                self.count_links(room);
+                if let Some(room) = self.state.rooms.get_mut(&id) {
+                    tracing::debug!(room = %room.name, %peer, reason = reason.label(), "a link has ended");
+                    if let Some(member) = room.member(us) {
+                        member.link_closed(peer, link, &mut actions);
+                    }
+                }
+                self.act_later(now, id, us, actions);
+                self.count_links(id);
+                self.schedule(id, now);
             }
             LinkOutput::Transmit { .. } | LinkOutput::Timeout(_) => {}
         }
     }
 
     /// Acts from within [`Mesh::handle_events`], which goes on with what follows.
-    fn act_later(&mut self, now: Instant, room: usize, actions: Vec<Action>) {
+    fn act_later(&mut self, now: Instant, room: RoomId, us: PeerId, actions: Vec<Action>) {
         let pending = std::mem::take(&mut self.state.events);
-        self.act(now, room, actions);
+        self.act(now, room, us, actions);
         self.state.events.splice(0..0, pending);
-    }
-
-    fn handle_message(&mut self, room: usize, link: LinkId, channel: ChannelName, content: Content, bytes: usize) {
-        let Some(archive) = self.rooms[room].archive.filter(|_| channel == ChannelName::SYNC_GRAPH) else { return };
-        let batch = match content {
-            Content::Json(text) => Batch::parse(&text).ok(),
-            Content::Text(_) | Content::Binary { .. } => None,
-        };
-        let Some(Batch { operations, malformed }) = batch else {
-            self.metrics.refused.with_label_values(&["message"]).inc();
-            if let Some(link) = self.links.get_mut(link) {
-                link.refuse(Refused::Message);
-            }
-            return;
-        };
-        self.metrics.refused.with_label_values(&["operation"]).inc_by(u64::try_from(malformed).unwrap_or(u64::MAX));
-        let sent = self.state.owners.get(&link).and_then(|owner| owner.sent);
-        let (questions, changes): (Vec<Operation>, Vec<Operation>) =
-            operations.into_iter().partition(|operation| matches!(operation, Operation::Sync(_)));
-        if !changes.is_empty() && !self.archive.merge(archive, link, changes, wall_ms(), bytes) {
-            tracing::debug!(room = %self.rooms[room].name, "the archive is too busy for a message");
-        }
-        // One answer is enough, however often the question stands in one message.
-        if let Some(Operation::Sync(Sync { timestamp, .. })) = questions.into_iter().next() {
-            self.archive.answer(archive, link, Known { timestamp, sent });
-        }
-    }
-
-    fn handle_reply(&mut self, reply: Reply) {
-        let now = Instant::now();
-        match reply {
-            Reply::Send { link, message, sent } => {
-                if let Some(owner) = self.state.owners.get_mut(&link) {
-                    owner.sent = Some(sent);
-                    self.send(link, message);
-                }
-            }
-            Reply::Latest { room, latest } => {
-                for one in self.rooms.iter_mut().filter(|one| one.archive == Some(room)) {
-                    one.latest = Some(latest);
-                }
-            }
-            Reply::Missed { room } => {
-                let links: Vec<LinkId> = self
-                    .rooms
-                    .iter()
-                    .filter(|one| one.archive == Some(room))
-                    .flat_map(|one| one.peer.links())
-                    .collect();
-                // "We have nothing": each peer answers with all it has.
-                for link in links {
-                    self.send(link, sync_message(None));
-                }
-            }
-        }
-        self.handle_events(now);
     }
 
     async fn say_goodbye(mut self) -> Archive {
         let now = Instant::now();
-        for room in &self.rooms {
-            self.signalling.publish(None, &room.root, &Signal::Bye { peer: room.peer.id() });
+        for room in self.state.rooms.values() {
+            for us in room.ours() {
+                self.signalling.publish(None, &room.root, &Signal::Bye { peer: us });
+            }
         }
-        let open: Vec<LinkId> = self.rooms.iter().flat_map(|room| room.peer.links()).collect();
+        let open: Vec<LinkId> =
+            self.state.rooms.values().flat_map(|room| room.links().map(|(_, _, link)| link)).collect();
         for link in &open {
             self.send(*link, Message::empty(ChannelName::LEAVE));
         }
@@ -469,11 +629,6 @@ impl Mesh {
     }
 }
 
-fn sync_message(timestamp: Option<Hlc>) -> Message {
-    let operation = Operation::Sync(Sync { timestamp, extra: Vec::new() });
-    Message::new(ChannelName::SYNC_GRAPH, Content::Json(Batch::print(&[operation])))
-}
-
 fn seal(key: &SdpKey, sdp: &str) -> SealedDescription {
     let mut iv = [0; 12];
     rand::rng().fill_bytes(&mut iv);
@@ -481,7 +636,7 @@ fn seal(key: &SdpKey, sdp: &str) -> SealedDescription {
 }
 
 /// The time of day, in ms since the Unix epoch.
-fn wall_ms() -> u64 {
+pub(crate) fn wall_ms() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }

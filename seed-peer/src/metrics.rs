@@ -8,6 +8,11 @@ use prometheus::{
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
     pub(crate) links: IntGaugeVec,
+    pub(crate) present: IntGaugeVec,
+    pub(crate) cells: IntGaugeVec,
+    pub(crate) bridged_cells: IntGaugeVec,
+    pub(crate) cell_messages: IntCounterVec,
+    pub(crate) mismatches: IntCounter,
     pub(crate) link_outcomes: IntCounterVec,
     pub(crate) link_open_seconds: Histogram,
     pub(crate) disconnects: IntCounterVec,
@@ -16,10 +21,13 @@ pub(crate) struct Metrics {
     pub(crate) refused: IntCounterVec,
     pub(crate) operations: IntCounterVec,
     pub(crate) answers: IntCounterVec,
+    pub(crate) cached_answers: IntCounter,
     pub(crate) nodes: IntGaugeVec,
+    pub(crate) node_bytes: IntGaugeVec,
     pub(crate) logged: IntGaugeVec,
     pub(crate) archive_commit_seconds: Histogram,
     pub(crate) archive_failures: IntCounter,
+    pub(crate) compacted: IntCounter,
     pub(crate) relays_connected: IntGauge,
     pub(crate) relay_drops: IntCounter,
     pub(crate) udp_drops: IntCounterVec,
@@ -43,6 +51,22 @@ impl Metrics {
         let directions = &["in", "out"];
         Ok(Self {
             links: gauges("homeport_seed_links", "Open links to peers, by room.")?,
+            present: gauges("homeport_seed_present_peers", "Peers that are present, without the seed, by room.")?,
+            cells: gauges("homeport_seed_cells", "Cells of a room in cells, by room.")?,
+            bridged_cells: gauges("homeport_seed_bridged_cells", "Cells whose bridge is the seed, by room.")?,
+            cell_messages: counters(
+                "homeport_seed_cell_messages_total",
+                "Messages between cells: sent to a peer, seen before, or passed on too often.",
+                "event",
+                &["sent", "seen", "expired"],
+            )?,
+            mismatches: add(
+                registry,
+                IntCounter::new(
+                    "homeport_seed_cell_mismatches_total",
+                    "Times that a client was in cells in a room that is not, or the reverse.",
+                )?,
+            )?,
             link_outcomes: counters(
                 "homeport_seed_link_outcomes_total",
                 "Attempts to link, by outcome.",
@@ -87,7 +111,7 @@ impl Metrics {
                 "homeport_seed_operations_total",
                 "Operations that peers sent, by what became of them.",
                 "result",
-                &["applied", "superseded", "incomplete", "too_large", "room_full"],
+                &["applied", "superseded", "incomplete", "too_large", "room_full", "too_fast"],
             )?,
             answers: counters(
                 "homeport_seed_answers_total",
@@ -95,7 +119,15 @@ impl Metrics {
                 "kind",
                 &["sync", "full_state"],
             )?,
+            cached_answers: add(
+                registry,
+                IntCounter::new(
+                    "homeport_seed_cached_answers_total",
+                    "Whole states that were sent from memory, with the operations since.",
+                )?,
+            )?,
             nodes: gauges("homeport_seed_nodes", "Nodes in the archive, by room.")?,
+            node_bytes: gauges("homeport_seed_node_bytes", "Bytes of all nodes in the archive, by room.")?,
             logged: gauges("homeport_seed_logged_operations", "Operations in the archive's log, by room.")?,
             archive_commit_seconds: add(
                 registry,
@@ -107,6 +139,13 @@ impl Metrics {
             archive_failures: add(
                 registry,
                 IntCounter::new("homeport_seed_archive_failures_total", "Commits that the disk refused.")?,
+            )?,
+            compacted: add(
+                registry,
+                IntCounter::new(
+                    "homeport_seed_compacted_operations_total",
+                    "Operations that were older than seed.keep, and were compacted.",
+                )?,
             )?,
             relays_connected: add(
                 registry,

@@ -8,8 +8,13 @@ use genosdb::PeerId;
 use crate::links::LinkId;
 use crate::signalling::RelayIndex;
 
-/// How often a peer says that it is here.
+/// How often a peer says that it is here while others come,
 const ANNOUNCE_INTERVAL: Duration = Duration::from_millis(2_500);
+/// for how long after the last has come,
+const ANNOUNCE_FOR: Duration = Duration::from_secs(10);
+/// and how often when nobody does: with hundreds of rooms, even that is work. Clients were seen to keep their rosters
+/// at one announce in 90 s.
+const IDLE_ANNOUNCE_INTERVAL: Duration = Duration::from_secs(20);
 /// How long an offer of ours waits for its link. Browsers gather candidates for up to 5 s before they answer. Clients
 /// keep theirs for 57 s, but a peer that reloads within that time would find us deaf.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -49,10 +54,10 @@ pub(crate) enum Action {
     /// Give the answer of `peer` to the link that dialled it.
     Complete { peer: PeerId, link: LinkId, sdp: String },
     /// End a link that is of no more use.
-    Drop { link: LinkId, why: Why },
+    Drop { peer: PeerId, link: LinkId, why: Why },
     /// `peer` is here, on this link.
     Joined { peer: PeerId, link: LinkId },
-    /// `peer` has left.
+    /// `peer` is no longer linked.
     Left { peer: PeerId },
 }
 
@@ -65,6 +70,10 @@ pub(crate) enum Why {
     Bye,
     /// It did not open in time.
     Late,
+    /// The topology has no place for it.
+    Surplus,
+    /// The seed leaves the room, or goes by another id in it.
+    Leaving,
 }
 
 impl Why {
@@ -73,6 +82,8 @@ impl Why {
             Self::Replaced => "replaced",
             Self::Bye => "bye",
             Self::Late => "late",
+            Self::Surplus => "surplus",
+            Self::Leaving => "leaving",
         }
     }
 }
@@ -101,13 +112,24 @@ pub(crate) struct RoomPeer {
     peers: HashMap<PeerId, Peer>,
     max_peers: usize,
     pending: usize,
+    announced: Option<Instant>,
     next_announce: Instant,
+    /// Until when to announce often.
+    busy_until: Instant,
 }
 
 impl RoomPeer {
-    /// A peer called `id` that links with up to `max_peers` others.
-    pub(crate) fn new(id: PeerId, max_peers: usize, now: Instant) -> Self {
-        Self { id, peers: HashMap::new(), max_peers, pending: 0, next_announce: now }
+    /// A peer called `id` that links with up to `max_peers` others, and announces itself from `at` on.
+    pub(crate) fn new(id: PeerId, max_peers: usize, at: Instant) -> Self {
+        Self {
+            id,
+            peers: HashMap::new(),
+            max_peers,
+            pending: 0,
+            announced: None,
+            next_announce: at,
+            busy_until: at + ANNOUNCE_FOR,
+        }
     }
 
     /// The seed's id in this room.
@@ -120,9 +142,23 @@ impl RoomPeer {
         self.peers.values().filter(|peer| peer.open.is_some()).count()
     }
 
-    /// The open links.
-    pub(crate) fn links(&self) -> impl Iterator<Item = LinkId> {
-        self.peers.values().filter_map(|peer| peer.open)
+    /// The peers with an open link, and the links.
+    pub(crate) fn links(&self) -> impl Iterator<Item = (PeerId, LinkId)> {
+        self.peers.iter().filter_map(|(id, peer)| Some((*id, peer.open?)))
+    }
+
+    /// Every link, open or not.
+    pub(crate) fn all_links(&self) -> Vec<LinkId> {
+        let of = |peer: &Peer| {
+            let pending = peer.dialling.iter().chain(&peer.accepting).map(|(link, _)| *link);
+            pending.chain(peer.open).collect::<Vec<_>>()
+        };
+        self.peers.values().flat_map(of).collect()
+    }
+
+    /// The open link to `peer`.
+    pub(crate) fn link_to(&self, peer: &PeerId) -> Option<LinkId> {
+        self.peers.get(peer)?.open
     }
 
     /// When [`RoomPeer::tick`] has something to do.
@@ -136,26 +172,32 @@ impl RoomPeer {
             return;
         }
         actions.push(Action::Announce);
-        self.next_announce = now + ANNOUNCE_INTERVAL;
-        for peer in self.peers.values_mut() {
-            if let Some((link, since)) = peer.dialling
-                && now >= since + DIAL_TIMEOUT
-            {
-                actions.push(Action::Drop { link, why: Why::Late });
-            }
-            let late = peer.accepting.iter().filter(|(_, since)| now >= *since + ACCEPT_TIMEOUT);
-            actions.extend(late.map(|(link, _)| Action::Drop { link: *link, why: Why::Late }));
+        let is_busy = now < self.busy_until || self.pending > 0;
+        self.announced = Some(now);
+        self.next_announce = now + if is_busy { ANNOUNCE_INTERVAL } else { IDLE_ANNOUNCE_INTERVAL };
+        let mut late = Vec::new();
+        for (peer, known) in &mut self.peers {
+            let dialling = known.dialling.iter().filter(|(_, since)| now >= *since + DIAL_TIMEOUT);
+            let accepting = known.accepting.iter().filter(|(_, since)| now >= *since + ACCEPT_TIMEOUT);
+            late.extend(dialling.chain(accepting).map(|(link, _)| (*peer, *link)));
         }
-        for action in actions.iter() {
-            if let Action::Drop { link, .. } = action {
-                self.forget(*link);
-            }
+        for (peer, link) in late {
+            self.forget(link);
+            actions.push(Action::Drop { peer, link, why: Why::Late });
         }
     }
 
-    /// A relay is reached (again): the peers there have not heard of us.
-    pub(crate) fn relay_reached(&mut self, now: Instant) {
-        self.next_announce = now;
+    /// Somebody is new here, and has not heard of us.
+    pub(crate) fn newcomer(&mut self, now: Instant) {
+        self.busy_until = now + ANNOUNCE_FOR;
+        let soonest = self.announced.map_or(now, |last| last + ANNOUNCE_INTERVAL).max(now);
+        self.next_announce = self.next_announce.min(soonest);
+    }
+
+    /// A relay is reached (again): the peers there have not heard of us. They will at `at`.
+    pub(crate) fn relay_reached(&mut self, at: Instant) {
+        self.next_announce = at;
+        self.busy_until = at + ANNOUNCE_FOR;
     }
 
     /// A peer said something through a relay.
@@ -171,7 +213,7 @@ impl RoomPeer {
             return;
         }
         match said {
-            Said::Announce => self.announced(peer, relay, actions),
+            Said::Announce => self.meet(peer, relay, actions),
             Said::Bye => self.bye(peer, actions),
             Said::Offer { sdp } => self.offered(peer, relay, sdp, now, actions),
             Said::Answer { sdp } => {
@@ -183,7 +225,7 @@ impl RoomPeer {
     }
 
     /// Whoever hears of a peer that it has no link and no dial with, dials.
-    fn announced(&mut self, peer: PeerId, relay: RelayIndex, actions: &mut Vec<Action>) {
+    pub(crate) fn meet(&mut self, peer: PeerId, relay: RelayIndex, actions: &mut Vec<Action>) {
         let idle = self.peers.get(&peer).is_none_or(Peer::is_idle);
         if idle && self.has_room(peer) {
             actions.push(Action::Dial { peer, relay });
@@ -203,7 +245,7 @@ impl RoomPeer {
             }
             known.dialling = None;
             self.pending -= 1;
-            actions.push(Action::Drop { link, why: Why::Replaced });
+            actions.push(Action::Drop { peer, link, why: Why::Replaced });
         }
         let known = self.peers.entry(peer).or_default();
         if known.accepting.len() >= MAX_ACCEPTING {
@@ -215,12 +257,17 @@ impl RoomPeer {
     }
 
     fn bye(&mut self, peer: PeerId, actions: &mut Vec<Action>) {
+        self.end(peer, Why::Bye, actions);
+    }
+
+    /// Ends every link with `peer`.
+    pub(crate) fn end(&mut self, peer: PeerId, why: Why, actions: &mut Vec<Action>) {
         let Some(known) = self.peers.remove(&peer) else { return };
         let pending = known.dialling.iter().chain(&known.accepting);
         self.pending -= pending.clone().count();
-        actions.extend(pending.map(|(link, _)| Action::Drop { link: *link, why: Why::Bye }));
+        actions.extend(pending.map(|(link, _)| Action::Drop { peer, link: *link, why }));
         if let Some(link) = known.open {
-            actions.push(Action::Drop { link, why: Why::Bye });
+            actions.push(Action::Drop { peer, link, why });
             actions.push(Action::Left { peer });
         }
     }
@@ -249,7 +296,7 @@ impl RoomPeer {
         let others: Vec<LinkId> = others.chain(known.accepting.drain(..).map(|(link, _)| link)).collect();
         known.open = Some(link);
         self.pending = self.count_pending();
-        actions.extend(others.into_iter().map(|link| Action::Drop { link, why: Why::Replaced }));
+        actions.extend(others.into_iter().map(|link| Action::Drop { peer, link, why: Why::Replaced }));
         actions.push(Action::Joined { peer, link });
     }
 
@@ -344,7 +391,10 @@ mod tests {
         let actions = hear(&mut lesser, id('a'), offer());
         assert_eq!(
             actions,
-            [Action::Drop { link: 1, why: Why::Replaced }, Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }]
+            [
+                Action::Drop { peer: id('a'), link: 1, why: Why::Replaced },
+                Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }
+            ]
         );
         assert_eq!(lesser.pending, 0);
     }
@@ -357,10 +407,10 @@ mod tests {
         let actions = hear(&mut room, id('a'), offer());
         assert!(matches!(actions[..], [Action::Accept { .. }]));
         room.accepted(id('a'), 2, now);
-        assert_eq!(room.links().collect::<Vec<_>>(), [1]);
+        assert_eq!(room.links().collect::<Vec<_>>(), [(id('a'), 1)]);
         assert_eq!(
             opened(&mut room, 'a', 2),
-            [Action::Drop { link: 1, why: Why::Replaced }, Action::Joined { peer: id('a'), link: 2 }]
+            [Action::Drop { peer: id('a'), link: 1, why: Why::Replaced }, Action::Joined { peer: id('a'), link: 2 }]
         );
         let mut actions = Vec::new();
         room.link_closed(id('a'), 1, &mut actions);
@@ -379,8 +429,8 @@ mod tests {
         now += ACCEPT_TIMEOUT;
         let mut actions = Vec::new();
         room.tick(now, &mut actions);
-        assert_eq!(actions, [Action::Announce, Action::Drop { link: 2, why: Why::Late }]);
-        assert_eq!(room.links().collect::<Vec<_>>(), [1]);
+        assert_eq!(actions, [Action::Announce, Action::Drop { peer: id('a'), link: 2, why: Why::Late }]);
+        assert_eq!(room.links().collect::<Vec<_>>(), [(id('a'), 1)]);
     }
 
     #[test]
@@ -393,8 +443,8 @@ mod tests {
         assert_eq!(
             actions,
             [
-                Action::Drop { link: 2, why: Why::Bye },
-                Action::Drop { link: 1, why: Why::Bye },
+                Action::Drop { peer: id('a'), link: 2, why: Why::Bye },
+                Action::Drop { peer: id('a'), link: 1, why: Why::Bye },
                 Action::Left { peer: id('a') }
             ]
         );
@@ -402,15 +452,20 @@ mod tests {
     }
 
     #[test]
-    fn announces_go_out_at_once_and_then_every_two_and_a_half_seconds() {
+    fn announces_go_out_often_while_others_come_and_seldom_when_not() {
         let (mut room, now) = room('m');
-        let mut announces = 0;
-        for tenth in 0..100 {
+        let announces = |room: &mut RoomPeer, seconds: std::ops::Range<u64>| {
             let mut actions = Vec::new();
-            room.tick(now + Duration::from_millis(100 * tenth), &mut actions);
-            announces += actions.len();
-        }
-        assert_eq!(announces, 4);
+            for tenth in seconds.start * 10..seconds.end * 10 {
+                room.tick(now + Duration::from_millis(100 * tenth), &mut actions);
+            }
+            actions.len()
+        };
+        assert_eq!(announces(&mut room, 0..10), 4);
+        assert_eq!(announces(&mut room, 10..50), 2);
+        // The next would come at 50 s: a newcomer at 45 s need not wait for it.
+        room.newcomer(now + Duration::from_secs(51));
+        assert_eq!(announces(&mut room, 51..61), 4);
     }
 
     #[test]
@@ -420,7 +475,7 @@ mod tests {
         now += DIAL_TIMEOUT;
         let mut actions = Vec::new();
         room.tick(now, &mut actions);
-        assert_eq!(actions, [Action::Announce, Action::Drop { link: 1, why: Why::Late }]);
+        assert_eq!(actions, [Action::Announce, Action::Drop { peer: id('a'), link: 1, why: Why::Late }]);
         let actions = hear(&mut room, id('a'), Said::Announce);
         assert!(matches!(actions[..], [Action::Dial { .. }]));
     }

@@ -1,14 +1,12 @@
 //! The seed peer as a running service.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use genosdb::{Limits, PeerId, Room};
-use rand::Rng as _;
+use genosdb::Limits;
 use service::{BindError, Telemetry, listen};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -17,15 +15,18 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{Addresses, ExternalAddress};
 use crate::archive::{Archive, Bounds, OpenError, Opened};
+use crate::cells::CellsConfig;
 use crate::links::{LinkSocket, Links};
-use crate::mesh::{Mesh, MeshRoom, State};
+use crate::mesh::{Mesh, State};
 use crate::metrics::Metrics;
 use crate::relay_key::RelayKey;
-use crate::room::RoomPeer;
-use crate::signalling::{Listening, Signalling};
+use crate::rooms::{Rooms, Source};
+use crate::signalling::Signalling;
 
 /// Signals that wait to be heard, at most; beyond, relays wait.
 const HEARD_QUEUE: usize = 1_024;
+/// Wishes of who runs the seed that wait, at most.
+const COMMAND_QUEUE: usize = 64;
 /// How long the archive may take to finish at shutdown.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -36,11 +37,13 @@ pub struct RoomConfig {
     pub name: String,
     /// The room's password; empty for none.
     pub password: String,
+    /// Cells, as the apps have them; `None` is a full mesh.
+    pub cells: Option<CellsConfig>,
 }
 
 impl fmt::Debug for RoomConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RoomConfig").field("name", &self.name).finish_non_exhaustive()
+        f.debug_struct("RoomConfig").field("name", &self.name).field("cells", &self.cells).finish_non_exhaustive()
     }
 }
 
@@ -61,8 +64,13 @@ pub struct Config {
     pub rooms: Vec<RoomConfig>,
     /// What the archive takes.
     pub bounds: Bounds,
+    /// How long operations are kept as such; older ones are compacted into what they amounted to. `None`: for ever.
+    pub keep: Option<Duration>,
     /// Bytes of one message of a peer, inflated. Default 64 MiB.
     pub message_bytes: usize,
+    /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant. 0 is
+    /// without limit. Default 1,000.
+    pub operations_per_second: u32,
     /// Links at a time, over all rooms. Default 4,096.
     pub max_links: usize,
 }
@@ -97,6 +105,7 @@ pub enum StartError {
 pub struct Server {
     address: SocketAddr,
     telemetry: Telemetry,
+    rooms: Rooms,
     stop: CancellationToken,
     /// `None` once it has ended.
     mesh: Option<JoinHandle<Archive>>,
@@ -124,41 +133,28 @@ impl Server {
         // The port before the archive: a second process started by mistake is told of the port.
         let socket = LinkSocket::new(listen::udp("seed.listen", config.listen)?)?;
         let address = socket.local_addr();
-        let opened = Opened::open(&config.data)?;
+        let mut opened = Opened::open(&config.data)?;
 
-        let now = Instant::now();
-        let mut rooms = Vec::new();
-        let mut names = HashMap::new();
-        for RoomConfig { name, password } in &config.rooms {
-            let archived = opened.room(name, new_peer_id)?;
-            names.insert(archived.key, name.clone());
-            let peer = || RoomPeer::new(archived.peer, config.max_links, now);
-            let graph = Room::graph_sync(name);
-            rooms.push(MeshRoom::new(graph, password, peer(), name.clone(), Some(archived.key), archived.latest));
-            rooms.push(MeshRoom::new(Room::app_sync(name), password, peer(), name.clone(), None, None));
-            metrics.links.with_label_values(&[name]).set(0);
-        }
-        let listening = rooms.iter().enumerate().flat_map(|(index, room)| {
-            [(room.root().clone(), false), (room.own_topic(), true)].map(|(topic, to_self)| Listening {
-                topic,
-                room: index,
-                to_self,
-            })
-        });
         let (heard_sender, heard) = mpsc::channel(HEARD_QUEUE);
         let signalling = Signalling::start(
             config.relays,
             config.relay_key,
-            listening.collect(),
             heard_sender,
             connector,
             metrics.clone(),
             telemetry.health.clone(),
         );
         let (reply_sender, replies) = mpsc::unbounded_channel();
-        let archive = opened.start(names, config.bounds, reply_sender, metrics.clone(), telemetry.health.clone())?;
-        let mesh = Mesh {
-            rooms,
+        let mut rooms = Vec::new();
+        for room in config.rooms {
+            rooms.push((opened.room(&room, Source::Settings)?, room, Source::Settings));
+        }
+        for room in opened.added()? {
+            rooms.push((opened.room(&room, Source::Added)?, room, Source::Added));
+        }
+        let archive =
+            opened.start(config.bounds, config.keep, reply_sender, metrics.clone(), telemetry.health.clone())?;
+        let mut mesh = Mesh {
             links: Links::new(socket, metrics.clone()),
             addresses: Addresses { listen: address, external: config.external },
             certificate,
@@ -168,14 +164,20 @@ impl Server {
                 ..Limits::default()
             },
             max_links: config.max_links,
+            operations_per_second: config.operations_per_second,
             signalling,
             archive,
             metrics,
             state: State::default(),
         };
+        let now = Instant::now();
+        for (opened, room, source) in rooms {
+            mesh.join(room, &opened, source, now);
+        }
+        let (commands, wishes) = mpsc::channel(COMMAND_QUEUE);
         let stop = CancellationToken::new();
-        let mesh = Some(tokio::spawn(mesh.run(heard, replies, stop.clone())));
-        Ok(Self { address, telemetry, stop, mesh })
+        let mesh = Some(tokio::spawn(mesh.run(heard, replies, wishes, stop.clone())));
+        Ok(Self { address, telemetry, rooms: Rooms::new(commands), stop, mesh })
     }
 
     /// The UDP address of links, with the port that the system chose when it was 0.
@@ -186,6 +188,11 @@ impl Server {
     /// The seed's metrics and health.
     pub fn telemetry(&self) -> &Telemetry {
         &self.telemetry
+    }
+
+    /// The rooms, to look at and to change.
+    pub fn rooms(&self) -> &Rooms {
+        &self.rooms
     }
 
     /// Resolves when the seed has ended by itself, which it never should.
@@ -215,14 +222,6 @@ impl Server {
             Err(error) => tracing::error!(%error, "the seed peer had ended early"),
         }
     }
-}
-
-/// A new id, great among its kind: of two offers that cross, that of the greater id stands, and only offers tell
-/// clients that the seed is a superpeer (wire §2).
-fn new_peer_id() -> PeerId {
-    let mut random = rand::rng();
-    let mut first = true;
-    PeerId::generate(|range| if std::mem::take(&mut first) { range.end - 1 } else { random.random_range(range) })
 }
 
 /// TLS towards `wss://` relays, with the system's roots.

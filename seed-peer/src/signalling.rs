@@ -6,23 +6,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use genosdb::{Signal, Topic};
+use genosdb::{PeerId, Signal, Topic};
 use rand::Rng as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use service::{Health, State};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_tungstenite::tungstenite::protocol::WebSocketConfig;
 use tokio_tungstenite::tungstenite::{Error, Message, Utf8Bytes};
 use tokio_tungstenite::{Connector, MaybeTlsStream, WebSocketStream};
 
+use crate::mesh::RoomId;
 use crate::metrics::Metrics;
 use crate::relay_key::RelayKey;
 
 /// Events that wait for one relay, at most.
-const QUEUE: usize = 512;
+const QUEUE: usize = 4_096;
 /// A relay that does not answer a connection attempt for so long is given up on, until the next.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest wait before a relay is dialled again.
@@ -33,7 +34,7 @@ const GOOD: Duration = Duration::from_secs(60);
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(50);
 /// Topics in one subscription: relays bound both subscriptions and the size of filters.
-const TOPICS_PER_SUBSCRIPTION: usize = 40;
+const TOPICS_PER_SUBSCRIPTION: usize = 100;
 /// How old an event may be by its author's clock when we subscribe, in seconds. Clocks differ; ephemeral events that
 /// a relay keeps for minutes should not all come back.
 const LOOK_BACK_SECONDS: u64 = 120;
@@ -44,14 +45,51 @@ const MAX_MESSAGE: usize = 512 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct RelayIndex(pub(crate) usize);
 
-/// A topic that the seed listens on.
-#[derive(Debug, Clone)]
-pub(crate) struct Listening {
-    pub(crate) topic: Topic,
-    /// Which of the seed's rooms it belongs to.
-    pub(crate) room: usize,
-    /// Whether it is the seed's own topic in that room, not the room's.
-    pub(crate) to_self: bool,
+/// Whom an event on a topic is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Listener {
+    pub(crate) room: RoomId,
+    /// Which of the seed's ids in that room, on the topic of that id; `None` on the room's.
+    pub(crate) us: Option<PeerId>,
+}
+
+/// The topics that the seed listens on, as they are grouped in subscriptions.
+#[derive(Debug, Clone, Default)]
+struct Topics {
+    by_name: HashMap<String, (Listener, usize)>,
+    groups: Vec<Group>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Group {
+    topics: Vec<Topic>,
+    /// Counts its changes.
+    version: u64,
+}
+
+impl Topics {
+    fn add(&mut self, topic: Topic, listener: Listener) {
+        let index = match self.groups.iter().position(|group| group.topics.len() < TOPICS_PER_SUBSCRIPTION) {
+            Some(index) => index,
+            None => {
+                self.groups.push(Group::default());
+                self.groups.len() - 1
+            }
+        };
+        if self.by_name.insert(topic.as_str().to_owned(), (listener, index)).is_none() {
+            let group = &mut self.groups[index];
+            group.topics.push(topic);
+            group.version += 1;
+        }
+    }
+
+    fn remove(&mut self, topic: &Topic) {
+        if let Some((_, index)) = self.by_name.remove(topic.as_str()) {
+            let group = &mut self.groups[index];
+            group.topics.retain(|other| other != topic);
+            group.version += 1;
+        }
+    }
 }
 
 /// What comes from the relays.
@@ -60,13 +98,14 @@ pub(crate) enum Heard {
     /// A relay is reached, and the seed's subscriptions are made.
     Reached,
     /// A peer said something.
-    Said { relay: RelayIndex, event_id: String, room: usize, to_self: bool, signal: Signal },
+    Said { relay: RelayIndex, event_id: String, listener: Listener, signal: Signal },
 }
 
 /// The relays, from the side that speaks.
 pub(crate) struct Signalling {
     key: RelayKey,
     relays: Vec<mpsc::Sender<Utf8Bytes>>,
+    topics: watch::Sender<Arc<Topics>>,
     tasks: Vec<JoinHandle<()>>,
     metrics: Metrics,
 }
@@ -76,15 +115,12 @@ impl Signalling {
     pub(crate) fn start(
         urls: Vec<String>,
         key: RelayKey,
-        listening: Vec<Listening>,
         heard: mpsc::Sender<Heard>,
         connector: Connector,
         metrics: Metrics,
         health: Health,
     ) -> Self {
-        let listening = Arc::new(listening);
-        let by_topic: Arc<HashMap<String, usize>> =
-            Arc::new(listening.iter().enumerate().map(|(index, one)| (one.topic.as_str().to_owned(), index)).collect());
+        let topics = watch::Sender::new(Arc::new(Topics::default()));
         health.set("signalling", State::Starting);
         let mut relays = Vec::new();
         let mut tasks = Vec::new();
@@ -95,8 +131,8 @@ impl Signalling {
                 index: RelayIndex(index),
                 url,
                 key: key.clone(),
-                listening: Arc::clone(&listening),
-                by_topic: Arc::clone(&by_topic),
+                topics: topics.subscribe(),
+                subscribed: Vec::new(),
                 heard: heard.clone(),
                 connector: connector.clone(),
                 metrics: metrics.clone(),
@@ -104,7 +140,23 @@ impl Signalling {
             };
             tasks.push(tokio::spawn(relay.run(outgoing)));
         }
-        Self { key, relays, tasks, metrics }
+        Self { key, relays, topics, tasks, metrics }
+    }
+
+    /// Listens on more topics, on all relays.
+    pub(crate) fn listen(&self, topics: impl IntoIterator<Item = (Topic, Listener)>) {
+        self.topics.send_modify(|all| {
+            let all = Arc::make_mut(all);
+            topics.into_iter().for_each(|(topic, listener)| all.add(topic, listener));
+        });
+    }
+
+    /// Listens no longer on some topics.
+    pub(crate) fn unlisten<'a>(&self, topics: impl IntoIterator<Item = &'a Topic>) {
+        self.topics.send_modify(|all| {
+            let all = Arc::make_mut(all);
+            topics.into_iter().for_each(|topic| all.remove(topic));
+        });
     }
 
     /// Publishes `signal` under `topic`, on one relay or on all.
@@ -138,8 +190,9 @@ struct Relay {
     index: RelayIndex,
     url: String,
     key: RelayKey,
-    listening: Arc<Vec<Listening>>,
-    by_topic: Arc<HashMap<String, usize>>,
+    topics: watch::Receiver<Arc<Topics>>,
+    /// The version of each group of topics that the relay knows.
+    subscribed: Vec<u64>,
     heard: mpsc::Sender<Heard>,
     connector: Connector,
     metrics: Metrics,
@@ -167,7 +220,7 @@ struct Event<'a> {
 }
 
 impl Relay {
-    async fn run(self, mut outgoing: mpsc::Receiver<Utf8Bytes>) {
+    async fn run(mut self, mut outgoing: mpsc::Receiver<Utf8Bytes>) {
         let mut wait = BACKOFF.0;
         loop {
             let start = Instant::now();
@@ -226,7 +279,8 @@ impl Relay {
         }
     }
 
-    async fn converse(&self, mut socket: Socket, outgoing: &mut mpsc::Receiver<Utf8Bytes>) -> End {
+    async fn converse(&mut self, mut socket: Socket, outgoing: &mut mpsc::Receiver<Utf8Bytes>) -> End {
+        self.subscribed.clear();
         if let Err(error) = self.subscribe(&mut socket).await {
             return End::Lost(error.to_string());
         }
@@ -266,6 +320,11 @@ impl Relay {
                         return End::Finished;
                     }
                 },
+                changed = self.topics.changed() => match changed {
+                    Ok(()) => self.subscribe(&mut socket).await,
+                    // The other side goes together with that of `outgoing`, which is heard of next.
+                    Err(_) => Ok(()),
+                },
                 _ = ping.tick() => {
                     if last_heard.elapsed() > SILENCE {
                         return End::Lost("it has gone silent".into());
@@ -294,31 +353,40 @@ impl Relay {
     }
 
     /// Answers a relay that asks who is there (NIP-42). What was asked before was refused: it is asked again.
-    async fn prove(&self, socket: &mut Socket, text: &str) -> Result<(), Error> {
+    async fn prove(&mut self, socket: &mut Socket, text: &str) -> Result<(), Error> {
         let Ok((_, challenge)) = serde_json::from_str::<(&str, String)>(text) else { return Ok(()) };
         match self.key.auth_message(&self.url, &challenge) {
             Ok(proof) => socket.send(Message::text(proof)).await?,
             Err(error) => tracing::error!(%error, "a proof could not be signed"),
         }
+        self.subscribed.clear();
         self.subscribe(socket).await?;
         // The announce that was refused meanwhile is said again. A mesh that is gone no longer cares.
         let _ = self.heard.send(Heard::Reached).await;
         Ok(())
     }
 
-    async fn subscribe(&self, socket: &mut Socket) -> Result<(), Error> {
+    /// Makes the relay's subscriptions what they should be.
+    async fn subscribe(&mut self, socket: &mut Socket) -> Result<(), Error> {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
-        for (index, chunk) in self.listening.chunks(TOPICS_PER_SUBSCRIPTION).enumerate() {
-            let mut kinds: Vec<u16> = chunk.iter().map(|one| one.topic.kind()).collect();
-            kinds.sort_unstable();
-            kinds.dedup();
-            let topics: Vec<&str> = chunk.iter().map(|one| one.topic.as_str()).collect();
-            let filter = serde_json::json!({
-                "kinds": kinds,
-                "#x": topics,
-                "since": now.saturating_sub(LOOK_BACK_SECONDS),
-            });
-            let request = serde_json::json!(["REQ", format!("homeport-{index}"), filter]);
+        let topics = Arc::clone(&self.topics.borrow_and_update());
+        self.subscribed.resize(topics.groups.len(), 0);
+        for (index, (group, known)) in topics.groups.iter().zip(&mut self.subscribed).enumerate() {
+            if group.version == *known {
+                continue;
+            }
+            *known = group.version;
+            let name = format!("homeport-{index}");
+            let request = if group.topics.is_empty() {
+                serde_json::json!(["CLOSE", name])
+            } else {
+                let mut kinds: Vec<u16> = group.topics.iter().map(Topic::kind).collect();
+                kinds.sort_unstable();
+                kinds.dedup();
+                let names: Vec<&str> = group.topics.iter().map(Topic::as_str).collect();
+                let since = now.saturating_sub(LOOK_BACK_SECONDS);
+                serde_json::json!(["REQ", name, { "kinds": kinds, "#x": names, "since": since }])
+            };
             socket.feed(Message::text(request.to_string())).await?;
         }
         socket.flush().await
@@ -331,15 +399,9 @@ impl Relay {
             [verb, _, event] if verb.get() == r#""EVENT""# => {
                 let event: Event<'_> = serde_json::from_str(event.get()).ok()?;
                 let topic = event.tags.iter().find(|tag| tag.first().is_some_and(|name| name == "x"))?.get(1)?;
-                let listening = &self.listening[*self.by_topic.get(topic.as_ref())?];
+                let listener = self.topics.borrow().by_name.get(topic.as_ref())?.0;
                 let signal = Signal::parse(&event.content)?;
-                Some(Heard::Said {
-                    relay: self.index,
-                    event_id: event.id,
-                    room: listening.room,
-                    to_self: listening.to_self,
-                    signal,
-                })
+                Some(Heard::Said { relay: self.index, event_id: event.id, listener, signal })
             }
             // Refusals are worth a person's attention: a relay that refuses is no relay.
             [verb, rest @ ..] if matches!(verb.get(), r#""CLOSED""# | r#""NOTICE""#) => {

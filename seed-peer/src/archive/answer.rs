@@ -4,17 +4,18 @@ use std::fmt::Write as _;
 
 use genosdb::clock::MAX_DRIFT_MS;
 use genosdb::json::JsonString;
-use genosdb::{ChannelName, Content, Hlc, Message};
+use genosdb::{ChannelName, Hlc, JsonWriter, Message};
 use rusqlite::{Connection, params};
 
-use super::graph::{RoomState, signed};
+use super::graph::{RoomState, signed, unsigned};
 
 /// A room with up to so many nodes is always sent whole: it is small, and a peer that is sent a whole state answers
 /// with what we lack, which repairs both sides.
 const SMALL_ROOM_NODES: u64 = 500;
-
-/// So many operations are sent as a delta whatever the size of the room: as many as clients keep.
-const SMALL_DELTA: u64 = 200;
+/// What a node in a full state takes besides its own bytes: its id once more, names of members, a timestamp.
+const NODE_FRAME_BYTES: u64 = 90;
+/// So many bytes of operations are sent as a delta whatever the size of the room.
+const SMALL_DELTA_BYTES: u64 = 50_000;
 
 /// What a peer said that it knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,26 +26,20 @@ pub(crate) struct Known {
     pub(crate) sent: Option<u64>,
 }
 
-/// The answer to a peer that knows `known`.
-pub(crate) fn to_sync(connection: &Connection, room: &RoomState, known: Known) -> rusqlite::Result<Message> {
-    let Some(timestamp) = known.timestamp else { return full_state(connection, room) };
+/// The delta for a peer that knows `known`; `None` when it is to be sent the whole state.
+pub(crate) fn delta_for(connection: &Connection, room: &RoomState, known: Known) -> rusqlite::Result<Option<Message>> {
+    let Some(timestamp) = known.timestamp else { return Ok(None) };
     let from = match known.sent {
         // The link is reliable: what was sent on it has arrived.
         Some(sent) => sent + 1,
-        None if room.nodes <= SMALL_ROOM_NODES => return full_state(connection, room),
+        None if room.nodes <= SMALL_ROOM_NODES => return Ok(None),
         None => first_unknown(connection, room, timestamp)?,
     };
     if from == 0 {
-        return full_state(connection, room);
+        return Ok(None);
     }
-    let count = (room.seq + 1).saturating_sub(from);
-    if count > SMALL_DELTA.max(room.nodes / 4) {
-        return full_state(connection, room);
-    }
-    match delta(connection, room, from)? {
-        Some(message) => Ok(message),
-        None => full_state(connection, room),
-    }
+    let state_bytes = room.bytes + room.nodes * NODE_FRAME_BYTES;
+    delta(connection, room, from, state_bytes.max(SMALL_DELTA_BYTES))
 }
 
 /// The first log entry that a peer whose highest timestamp is `timestamp` may lack; 0 when that is all of them.
@@ -63,55 +58,70 @@ fn first_unknown(connection: &Connection, room: &RoomState, timestamp: Hlc) -> r
         // Older than all that is logged.
         return Ok(0);
     }
-    Ok(first.map_or(room.seq + 1, super::graph::unsigned))
+    Ok(first.map_or(room.seq + 1, unsigned))
 }
 
-/// The log from the entry `from` on; `None` when it holds what no operation can say.
-fn delta(connection: &Connection, room: &RoomState, from: u64) -> rusqlite::Result<Option<Message>> {
-    let mut text = String::from(r#"[{"type":"deltaSync","operations":["#);
+/// The log from the entry `from` on; `None` when that is more than `max_bytes`, no longer there, or holds what no
+/// operation can say.
+pub(crate) fn delta(
+    connection: &Connection,
+    room: &RoomState,
+    from: u64,
+    max_bytes: u64,
+) -> rusqlite::Result<Option<Message>> {
+    let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
+    let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
+    text.push_str(r#"[{"type":"deltaSync","operations":["#);
     let mut select =
-        connection.prepare_cached("SELECT kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
+        connection.prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
     let mut rows = select.query(params![room.id, signed(from)])?;
-    let mut first = true;
+    let mut expected = from;
     while let Some(row) = rows.next()? {
-        if row.get::<_, i64>(0)? != 0 {
+        if unsigned(row.get(0)?) != expected || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {
             return Ok(None);
         }
-        if !first {
-            text.push(',');
+        if expected > from {
+            text.push_str(",");
         }
-        first = false;
-        text.push_str(row.get_ref(1)?.as_str()?);
+        expected += 1;
+        text.push_str(row.get_ref(2)?.as_str()?);
+    }
+    if expected != room.seq + 1 {
+        return Ok(None);
     }
     let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
-    Ok(Some(Message::new(ChannelName::SYNC_GRAPH, Content::Json(text))))
+    Ok(Some(text.finish()))
 }
 
-/// The whole room.
+/// The whole room, read from disk row by row.
 pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite::Result<Message> {
-    let mut text = String::from(r#"[{"type":"fullStateSync","graphData":{"#);
+    let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
+    text.push_str(r#"[{"type":"fullStateSync","graphData":{"#);
     let mut select = connection
         .prepare_cached("SELECT id, value, edges, extra, physical, logical FROM node WHERE room = ? ORDER BY id")?;
     let mut rows = select.query(params![room.id])?;
     let mut first = true;
     while let Some(row) = rows.next()? {
         if !first {
-            text.push(',');
+            text.push_str(",");
         }
         first = false;
         let id = JsonString::from_printed(row.get(0)?);
         let _ = write!(text, r#"{id}:{{"id":{id}"#);
         if let Some(value) = row.get_ref(1)?.as_str_or_null()? {
-            let _ = write!(text, r#","value":{value}"#);
+            text.push_str(r#","value":"#);
+            text.push_str(value);
         }
-        let edges = row.get_ref(2)?.as_str()?;
+        text.push_str(r#","edges":"#);
+        text.push_str(row.get_ref(2)?.as_str()?);
         let (physical, logical): (i64, i64) = (row.get(4)?, row.get(5)?);
-        let _ = write!(text, r#","edges":{edges},"timestamp":{{"physical":{physical},"logical":{logical}}}"#);
+        let _ = write!(text, r#","timestamp":{{"physical":{physical},"logical":{logical}}}"#);
         let extra = row.get_ref(3)?.as_str()?;
         if !extra.is_empty() {
-            let _ = write!(text, ",{extra}");
+            text.push_str(",");
+            text.push_str(extra);
         }
-        text.push('}');
+        text.push_str("}");
     }
     text.push_str(r#"},"removals":["#);
     let mut select =
@@ -120,7 +130,7 @@ pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite:
     let mut first = true;
     while let Some(row) = rows.next()? {
         if !first {
-            text.push(',');
+            text.push_str(",");
         }
         first = false;
         let id = JsonString::from_printed(row.get(0)?);
@@ -128,7 +138,7 @@ pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite:
         let _ = write!(text, r#"{{"id":{id},"timestamp":{{"physical":{physical},"logical":{logical}}}}}"#);
     }
     let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
-    Ok(Message::new(ChannelName::SYNC_GRAPH, Content::Json(text)))
+    Ok(text.finish())
 }
 
 fn timestamp(latest: Option<Hlc>) -> String {

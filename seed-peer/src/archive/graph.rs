@@ -10,11 +10,18 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 pub(crate) struct RoomState {
     pub(crate) id: i64,
     pub(crate) nodes: u64,
+    /// Bytes of all nodes: ids, values, edges and unknown members.
+    pub(crate) bytes: u64,
     pub(crate) seq: u64,
     pub(crate) latest: Option<Hlc>,
 }
 
 impl RoomState {
+    /// Some of a node's bytes were exchanged for others.
+    fn resize(&mut self, before: u64, after: u64) {
+        self.bytes = (self.bytes + after).saturating_sub(before);
+    }
+
     /// Takes note of a timestamp.
     pub(crate) fn see(&mut self, timestamp: Hlc) {
         self.latest = self.latest.max(Some(timestamp));
@@ -25,6 +32,14 @@ impl RoomState {
 pub(crate) struct RoomGraph<'a> {
     pub(crate) connection: &'a Connection,
     pub(crate) state: &'a mut RoomState,
+}
+
+/// Bytes of one node, as [`RoomState::bytes`] counts them.
+const NODE_BYTES: &str = "SELECT octet_length(id) + coalesce(octet_length(value), 0) + octet_length(edges) \
+    + octet_length(extra) FROM node WHERE room = ? AND id = ?";
+
+fn length(text: &str) -> u64 {
+    u64::try_from(text.len()).unwrap_or(u64::MAX)
 }
 
 /// SQLite's integers are signed; timestamps and counters are at most 2^53.
@@ -56,6 +71,14 @@ impl RoomGraph<'_> {
         Ok(usize::try_from(bytes.unwrap_or(0)).unwrap_or(usize::MAX))
     }
 
+    /// Bytes of a node, if it is there.
+    fn node_bytes(&self, id: &str) -> rusqlite::Result<Option<u64>> {
+        self.connection
+            .prepare_cached(NODE_BYTES)?
+            .query_row(params![self.state.id, id], |row| Ok(unsigned(row.get(0)?)))
+            .optional()
+    }
+
     fn edges_of(&self, id: &str) -> rusqlite::Result<Vec<JsonString>> {
         let text: Option<String> = self
             .connection
@@ -65,9 +88,11 @@ impl RoomGraph<'_> {
         Ok(text.as_deref().map(parse_edges).unwrap_or_default())
     }
 
-    fn write_edges(&self, id: &str, edges: &[JsonString]) -> rusqlite::Result<()> {
+    fn write_edges(&mut self, id: &str, before: &[JsonString], edges: &[JsonString]) -> rusqlite::Result<()> {
+        let text = print_edges(edges);
+        self.state.resize(length(&print_edges(before)), length(&text));
         self.connection.prepare_cached("UPDATE node SET edges = ? WHERE room = ? AND id = ?")?.execute(params![
-            print_edges(edges),
+            text,
             self.state.id,
             id
         ])?;
@@ -116,48 +141,62 @@ impl Store for RoomGraph<'_> {
     }
 
     fn set_value(&mut self, id: &JsonString, value: &Json, timestamp: Hlc) -> rusqlite::Result<()> {
-        let updated = self
+        let id = id.as_printed();
+        let before: Option<Option<i64>> = self
             .connection
-            .prepare_cached("UPDATE node SET value = ?, physical = ?, logical = ? WHERE room = ? AND id = ?")?
-            .execute(params![
-                value.as_str(),
-                signed(timestamp.physical),
-                signed(timestamp.logical),
-                self.state.id,
-                id.as_printed()
-            ])?;
-        if updated == 0 {
+            .prepare_cached("SELECT octet_length(value) FROM node WHERE room = ? AND id = ?")?
+            .query_row(params![self.state.id, id], |row| row.get(0))
+            .optional()?;
+        let after = length(value.as_str());
+        if let Some(before) = before {
+            self.connection
+                .prepare_cached("UPDATE node SET value = ?, physical = ?, logical = ? WHERE room = ? AND id = ?")?
+                .execute(params![
+                    value.as_str(),
+                    signed(timestamp.physical),
+                    signed(timestamp.logical),
+                    self.state.id,
+                    id
+                ])?;
+            self.state.resize(before.map_or(0, unsigned), after);
+        } else {
             self.connection.prepare_cached("INSERT INTO node VALUES (?, ?, ?, '[]', '', ?, ?)")?.execute(params![
                 self.state.id,
-                id.as_printed(),
+                id,
                 value.as_str(),
                 signed(timestamp.physical),
                 signed(timestamp.logical)
             ])?;
             self.state.nodes += 1;
+            self.state.resize(0, length(id) + after + length("[]"));
         }
         Ok(())
     }
 
     fn set_node(&mut self, node: &Node) -> rusqlite::Result<()> {
         let id = node.id.as_printed();
-        self.forget_edges_from(id)?;
-        let deleted = self
-            .connection
-            .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
-            .execute(params![self.state.id, id])?;
+        let before = self.node_bytes(id)?;
+        if before.is_some() {
+            self.forget_edges_from(id)?;
+            self.connection
+                .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
+                .execute(params![self.state.id, id])?;
+        } else {
+            self.state.nodes += 1;
+        }
+        let (value, edges, extra) =
+            (node.value.as_ref().map(Json::as_str), print_edges(&node.edges), print_extra(node));
+        let after = length(id) + value.map_or(0, length) + length(&edges) + length(&extra);
         self.connection.prepare_cached("INSERT INTO node VALUES (?, ?, ?, ?, ?, ?, ?)")?.execute(params![
             self.state.id,
             id,
-            node.value.as_ref().map(Json::as_str),
-            print_edges(&node.edges),
-            print_extra(node),
+            value,
+            edges,
+            extra,
             signed(node.timestamp.physical),
             signed(node.timestamp.logical)
         ])?;
-        if deleted == 0 {
-            self.state.nodes += 1;
-        }
+        self.state.resize(before.unwrap_or(0), after);
         let mut insert = self.connection.prepare_cached("INSERT OR IGNORE INTO edge VALUES (?, ?, ?)")?;
         for target in &node.edges {
             insert.execute(params![self.state.id, target.as_printed(), id])?;
@@ -171,9 +210,10 @@ impl Store for RoomGraph<'_> {
             .prepare_cached("INSERT OR IGNORE INTO edge VALUES (?, ?, ?)")?
             .execute(params![self.state.id, target.as_printed(), source.as_printed()])?;
         if inserted > 0 {
-            let mut edges = self.edges_of(source.as_printed())?;
+            let before = self.edges_of(source.as_printed())?;
+            let mut edges = before.clone();
             edges.push(target.clone());
-            self.write_edges(source.as_printed(), &edges)?;
+            self.write_edges(source.as_printed(), &before, &edges)?;
         }
         self.touch(source, timestamp)
     }
@@ -187,21 +227,23 @@ impl Store for RoomGraph<'_> {
 
     fn drop_node(&mut self, id: &JsonString) -> rusqlite::Result<()> {
         let id_text = id.as_printed();
-        self.forget_edges_from(id_text)?;
-        let deleted = self
-            .connection
-            .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
-            .execute(params![self.state.id, id_text])?;
-        self.state.nodes -= u64::from(deleted > 0);
+        if let Some(before) = self.node_bytes(id_text)? {
+            self.forget_edges_from(id_text)?;
+            self.connection
+                .prepare_cached("DELETE FROM node WHERE room = ? AND id = ?")?
+                .execute(params![self.state.id, id_text])?;
+            self.state.nodes -= 1;
+            self.state.resize(before, 0);
+        }
         let sources: Vec<String> = self
             .connection
             .prepare_cached("SELECT source FROM edge WHERE room = ? AND target = ?")?
             .query_map(params![self.state.id, id_text], |row| row.get(0))?
             .collect::<Result<_, _>>()?;
         for source in &sources {
-            let mut edges = self.edges_of(source)?;
-            edges.retain(|target| target != id);
-            self.write_edges(source, &edges)?;
+            let before = self.edges_of(source)?;
+            let edges: Vec<JsonString> = before.iter().filter(|target| *target != id).cloned().collect();
+            self.write_edges(source, &before, &edges)?;
         }
         self.connection
             .prepare_cached("DELETE FROM edge WHERE room = ? AND target = ?")?

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags};
 const APPLICATION_ID: i32 = 0x486d_5074;
 
 /// The version of the tables below (`PRAGMA user_version`).
-const VERSION: i32 = 1;
+const VERSION: i32 = 2;
 
 /// The archive's file inside the data folder.
 pub(crate) const FILE_NAME: &str = "archive.sqlite";
@@ -26,7 +26,11 @@ CREATE TABLE room (
     nodes INTEGER NOT NULL,          -- how many nodes there are
     seq INTEGER NOT NULL,            -- the last log entry
     physical INTEGER,                -- the highest timestamp seen: ms since the epoch
-    logical INTEGER                  --   and counter; NULL before the first
+    logical INTEGER,                 --   and counter; NULL before the first
+    bytes INTEGER NOT NULL DEFAULT 0,    -- of all nodes: ids, values, edges and extra
+    paused INTEGER NOT NULL DEFAULT 0,   -- 1: the seed stays out of it for now
+    settings TEXT,                   -- JSON: how to join a room that was added while the seed ran; else NULL
+    snapshot_of INTEGER REFERENCES room  -- not NULL: this is no room, but that room before the first entry of its log
 ) STRICT;
 CREATE TABLE log (
     room INTEGER NOT NULL REFERENCES room,
@@ -60,6 +64,19 @@ CREATE TABLE tombstone (
     logical INTEGER NOT NULL,
     PRIMARY KEY (room, id)
 ) STRICT, WITHOUT ROWID;
+";
+
+/// From version 1, which knew neither bounds in bytes, nor rooms at run time, nor compaction.
+const FROM_VERSION_1: &str = "
+ALTER TABLE room ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE room ADD COLUMN paused INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE room ADD COLUMN settings TEXT;
+ALTER TABLE room ADD COLUMN snapshot_of INTEGER REFERENCES room;
+UPDATE room SET bytes = (
+    SELECT coalesce(sum(octet_length(id) + coalesce(octet_length(value), 0) + octet_length(edges)
+        + octet_length(extra)), 0)
+    FROM node WHERE node.room = room.id
+);
 ";
 
 /// The archive cannot be opened. Nothing was changed.
@@ -115,8 +132,21 @@ pub enum OpenError {
 /// An open archive file, and the lock that keeps other processes away from it.
 #[derive(Debug)]
 pub(crate) struct ArchiveFile {
+    pub(crate) path: PathBuf,
     pub(crate) connection: Connection,
     _lock: File,
+}
+
+impl ArchiveFile {
+    /// Another connection, to read with while this one writes.
+    pub(crate) fn reader(&self) -> rusqlite::Result<Connection> {
+        // Not read-only: a reader of a write-ahead log takes part in keeping its index.
+        let connection = Connection::open_with_flags(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        connection.busy_timeout(Duration::from_secs(1))?;
+        connection.pragma_update(None, "query_only", true)?;
+        connection.pragma_update(None, "cache_size", -8 * 1024)?;
+        Ok(connection)
+    }
 }
 
 /// Opens the archive in `folder`, or creates it.
@@ -136,10 +166,8 @@ pub(crate) fn open(folder: &Path) -> Result<ArchiveFile, OpenError> {
     let database = |source| OpenError::Database { path: path.clone(), source };
     let mut connection = Connection::open(&path).map_err(database)?;
     configure(&connection).map_err(database)?;
-    if !exists {
-        create(&mut connection).map_err(database)?;
-    }
-    Ok(ArchiveFile { connection, _lock: lock })
+    if exists { migrate(&mut connection) } else { create(&mut connection) }.map_err(database)?;
+    Ok(ArchiveFile { path, connection, _lock: lock })
 }
 
 fn lock(folder: &Path) -> Result<File, OpenError> {
@@ -196,6 +224,17 @@ fn create(connection: &mut Connection) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
+/// Brings an older archive to this version; it is then no longer for older Homeports.
+fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
+    let transaction = connection.transaction()?;
+    let found: i32 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    if found < 2 {
+        transaction.execute_batch(FROM_VERSION_1)?;
+    }
+    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.commit()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,6 +246,32 @@ mod tests {
         assert!(matches!(open(folder.path()), Err(OpenError::InUse(_))));
         drop(first);
         open(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn an_archive_of_the_first_version_is_brought_up_to_date() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let old = Connection::open(&path).unwrap();
+        old.execute_batch(
+            "PRAGMA application_id = 1215123572;
+             CREATE TABLE room (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, peer_id TEXT NOT NULL,
+                 nodes INTEGER NOT NULL, seq INTEGER NOT NULL, physical INTEGER, logical INTEGER) STRICT;
+             CREATE TABLE node (room INTEGER NOT NULL REFERENCES room, id TEXT NOT NULL, value TEXT,
+                 edges TEXT NOT NULL, extra TEXT NOT NULL, physical INTEGER NOT NULL, logical INTEGER NOT NULL,
+                 PRIMARY KEY (room, id)) STRICT, WITHOUT ROWID;
+             INSERT INTO room VALUES (1, 'my-app', 'zzzzzzzzzzzzzzzzzzzz', 2, 0, NULL, NULL);
+             INSERT INTO node VALUES (1, 'a', '\"é\"', '[]', '', 1, 1), (1, 'b', NULL, '[\"a\"]', '', 1, 1);",
+        )
+        .unwrap();
+        old.pragma_update(None, "user_version", 1).unwrap();
+        drop(old);
+        let file = open(folder.path()).unwrap();
+        let (bytes, paused): (i64, bool) = file
+            .connection
+            .query_row("SELECT bytes, paused FROM room", [], |row| Ok((row.get(0)?, row.get(1)?)))
+            .unwrap();
+        assert_eq!((bytes, paused), (1 + 4 + 2 + 1 + 5, false));
     }
 
     #[test]

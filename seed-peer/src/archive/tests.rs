@@ -1,38 +1,44 @@
 //! The archive against the merge rules in memory.
 
-use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
 use genosdb::frame::Frame;
-use genosdb::{Batch, Content, Hlc, Limits, MemoryGraph, Message, Operation, PeerId, Reassembler};
+use genosdb::{Batch, Content, Hlc, Limits, MemoryGraph, Message, Operation, Reassembler};
 use proptest::prelude::*;
 use service::{Health, State};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::{Archive, Bounds, Known, Opened, Reply, RoomKey};
+use super::{Archive, Asker, Bounds, Known, Opened, Reply, RoomKey};
 use crate::metrics::Metrics;
+use crate::rooms::Source;
+use crate::server::RoomConfig;
 
 const NOW_MS: u64 = 1_795_337_800_000;
-const LINK: u64 = 7;
+const LINK: Asker = Asker::Link(7);
 
 struct Fixture {
     archive: Option<Archive>,
     replies: UnboundedReceiver<Reply>,
     room: RoomKey,
+    next_asker: u64,
     health: Health,
 }
 
 impl Fixture {
     fn open(folder: &Path, bounds: Bounds) -> Self {
-        let opened = Opened::open(folder).unwrap();
-        let room = opened.room("my-app", || PeerId::parse(&"a".repeat(20)).unwrap()).unwrap();
+        Self::open_with(folder, bounds, None)
+    }
+
+    fn open_with(folder: &Path, bounds: Bounds, keep: Option<Duration>) -> Self {
+        let mut opened = Opened::open(folder).unwrap();
+        let config = RoomConfig { name: "my-app".into(), password: String::new(), cells: None };
+        let room = opened.room(&config, Source::Settings).unwrap();
         let (sender, replies) = unbounded_channel();
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
         let health = Health::default();
-        let names = HashMap::from([(room.key, "my-app".to_owned())]);
-        let archive = opened.start(names, bounds, sender, metrics, health.clone()).unwrap();
-        Self { archive: Some(archive), replies, room: room.key, health }
+        let archive = opened.start(bounds, keep, sender, metrics, health.clone()).unwrap();
+        Self { archive: Some(archive), replies, room: room.key, next_asker: 100, health }
     }
 
     fn merge(&self, operations: &[Operation]) {
@@ -41,21 +47,39 @@ impl Fixture {
     }
 
     /// What the archive answers to a peer that knows `known`.
-    fn answer(&mut self, known: Known) -> (Operation, u64) {
-        assert!(self.archive.as_ref().unwrap().answer(self.room, LINK, known));
+    fn answers(&mut self, known: Known) -> (Vec<Operation>, u64) {
+        let asker = Asker::Link(self.next_asker);
+        self.next_asker += 1;
+        assert!(self.archive.as_ref().unwrap().answer(self.room, asker, known));
         loop {
-            if let Reply::Send { message, sent, .. } = self.replies.blocking_recv().unwrap() {
-                return (only_operation(&message), sent);
+            if let Reply::Send { to, messages, sent } = self.replies.blocking_recv().unwrap()
+                && to == asker
+            {
+                return (messages.iter().map(only_operation).collect(), sent);
             }
         }
     }
 
+    fn answer(&mut self, known: Known) -> (Operation, u64) {
+        let (mut operations, sent) = self.answers(known);
+        assert_eq!(operations.len(), 1);
+        (operations.remove(0), sent)
+    }
+
+    /// What a newcomer makes of what it is sent.
     fn graph(&mut self) -> MemoryGraph {
-        let (Operation::FullStateSync(state), _) = self.answer(Known { timestamp: None, sent: None }) else {
-            panic!("not a full state")
-        };
         let mut graph = MemoryGraph::default();
-        graph.merge(&state, NOW_MS);
+        for operation in self.answers(Known { timestamp: None, sent: None }).0 {
+            match operation {
+                Operation::FullStateSync(state) => drop(graph.merge(&state, NOW_MS)),
+                Operation::DeltaSync(delta) => {
+                    for operation in &delta.operations {
+                        graph.apply(operation, NOW_MS);
+                    }
+                }
+                other => panic!("{other}"),
+            }
+        }
         graph
     }
 }
@@ -183,7 +207,7 @@ fn a_peer_of_a_large_room_that_was_away_shortly_gets_a_delta_and_one_that_was_aw
 #[test]
 fn what_is_too_much_is_left_out_and_the_rest_is_taken() {
     let folder = tempfile::tempdir().unwrap();
-    let bounds = Bounds { id_bytes: 10, value_bytes: 50, edges: 2, nodes: 3 };
+    let bounds = Bounds { id_bytes: 10, value_bytes: 50, edges: 2, nodes: 3, ..Bounds::default() };
     let mut archive = Fixture::open(folder.path(), bounds);
     let text = |id: &str, value: &str| {
         let text = format!(

@@ -1,16 +1,17 @@
 //! A GenosDB peer on the `webrtc` crate, which shares nothing with the seed but the protocol's types. It does what a
 //! browser client does: announces, dials and answers, asks for what it lacks, keeps a graph.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures_util::{SinkExt as _, StreamExt as _};
+use genosdb::envelope::Letter;
 use genosdb::frame::{Frame, Nonces};
 use genosdb::operation::{DeltaSync, Sync};
 use genosdb::{
-    APP_ID, Batch, ChannelName, Clock, Content, Limits, MemoryGraph, Message, Operation, PeerId, Reassembler, Room,
-    SdpKey, SealedDescription, Signal,
+    APP_ID, Batch, CellIndex, ChannelName, Clock, Content, Envelope, Limits, MemoryGraph, Message, Operation, PeerId,
+    Reassembler, Room, SdpKey, SealedDescription, Signal, Topology,
 };
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
@@ -25,7 +26,7 @@ use webrtc::peer_connection::configuration::RTCConfiguration;
 use webrtc::peer_connection::sdp::session_description::RTCSessionDescription;
 
 /// Nothing that a test awaits takes nearly so long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a test sees of its peer.
 pub(crate) struct Client {
@@ -41,11 +42,27 @@ pub(crate) struct View {
     pub(crate) linked: Vec<PeerId>,
     /// Every kind of operation that came in, in order.
     pub(crate) heard: Vec<&'static str>,
+    /// What the application was sent over cells: bare data as JSON, or how many bytes.
+    pub(crate) application: Vec<String>,
+    /// The topology that the peer has sealed, when it is in cells.
+    pub(crate) topology: Option<Topology>,
+    /// Peers that answered a ping over cells.
+    pub(crate) ponged: Vec<PeerId>,
 }
 
 enum Command {
     Write(String),
     Send(Vec<u8>),
+    /// Send data of the application to everybody, over cells.
+    MeshSend(String),
+    /// Send bytes to everybody, behind an envelope.
+    MeshBytes(usize),
+    /// Ask a peer over cells whether it is there.
+    MeshPing(PeerId),
+    /// Send frames again and out of order.
+    Stutter,
+    /// Take itself for a bridge and for one of another cell.
+    Lie,
     Leave,
 }
 
@@ -74,13 +91,29 @@ pub(crate) fn wall_ms() -> u64 {
 impl Client {
     /// Joins the graph room of `database` through `relay`, with what `graph` already holds.
     pub(crate) fn join(relay: &str, database: &str, password: &str, id: PeerId, graph: MemoryGraph) -> Self {
+        Self::join_room(relay, &Room::graph_sync(database), password, id, graph, None)
+    }
+
+    /// Joins a room of `database` in cells of `cell_size`.
+    pub(crate) fn join_cells(relay: &str, room: &Room, id: PeerId, graph: MemoryGraph, cell_size: usize) -> Self {
+        Self::join_room(relay, room, "", id, graph, Some(cell_size))
+    }
+
+    fn join_room(
+        relay: &str,
+        room: &Room,
+        password: &str,
+        id: PeerId,
+        graph: MemoryGraph,
+        cell_size: Option<usize>,
+    ) -> Self {
         let (commands, receiver) = mpsc::unbounded_channel();
         let (views, state) = watch::channel(View { graph: graph.clone(), ..View::default() });
-        let room = Room::graph_sync(database);
         let peer = Peer {
             id,
-            key: SdpKey::derive(password, APP_ID, &room),
-            room,
+            key: SdpKey::derive(password, APP_ID, room),
+            room: room.clone(),
+            cells: cell_size.map(|size| CellsPeer::new(id, size)),
             relay: relay.to_owned(),
             clock: Clock::starting_at(graph.latest().unwrap_or_default()),
             views,
@@ -102,6 +135,31 @@ impl Client {
         self.commands.send(Command::Send(bytes.to_owned())).unwrap();
     }
 
+    /// Sends data of the application, a JSON text, to everybody over cells.
+    pub(crate) fn mesh_send(&self, data: &str) {
+        self.commands.send(Command::MeshSend(data.to_owned())).unwrap();
+    }
+
+    /// Sends so many bytes to everybody over cells.
+    pub(crate) fn mesh_bytes(&self, count: usize) {
+        self.commands.send(Command::MeshBytes(count)).unwrap();
+    }
+
+    /// Asks `peer` over cells whether it is there.
+    pub(crate) fn mesh_ping(&self, peer: PeerId) {
+        self.commands.send(Command::MeshPing(peer)).unwrap();
+    }
+
+    /// From now on sends every frame over cells twice, and passes on in another order.
+    pub(crate) fn stutter(&self) {
+        self.commands.send(Command::Stutter).unwrap();
+    }
+
+    /// From now on acts as a bridge that it is not, and says that it is in another cell.
+    pub(crate) fn lie(&self) {
+        self.commands.send(Command::Lie).unwrap();
+    }
+
     /// What the peer holds now.
     pub(crate) fn view(&self) -> View {
         self.state.borrow().clone()
@@ -114,7 +172,13 @@ impl Client {
             return view.clone();
         }
         let view = self.view();
-        panic!("nothing came of: {what}; {} nodes, linked {:?}", view.graph.iter().count(), view.linked)
+        panic!(
+            "nothing came of: {what}; {} nodes, {} messages, linked {:?}, {:?}",
+            view.graph.iter().count(),
+            view.application.len(),
+            view.linked,
+            view.topology
+        )
     }
 
     /// Says bye, and closes its links.
@@ -129,10 +193,82 @@ impl Client {
     }
 }
 
+/// What a client in cells knows, by the rules of wire §5 and nothing of the seed's.
+struct CellsPeer {
+    id: PeerId,
+    cell_size: usize,
+    roster: BTreeSet<PeerId>,
+    /// First and last change since the last seal.
+    changed: Option<(Instant, Instant)>,
+    sealed: Option<Instant>,
+    topology: Topology,
+    seen: HashSet<String>,
+    sequence: u64,
+    stutters: bool,
+    lies: bool,
+    /// What a stutterer still has to pass on.
+    late: Vec<(PeerId, Envelope)>,
+}
+
+impl CellsPeer {
+    fn new(id: PeerId, cell_size: usize) -> Self {
+        Self {
+            id,
+            cell_size,
+            roster: BTreeSet::from([id]),
+            changed: None,
+            sealed: None,
+            topology: Topology::new(&[id], cell_size),
+            seen: HashSet::new(),
+            sequence: 0,
+            stutters: false,
+            lies: false,
+            late: Vec::new(),
+        }
+    }
+
+    fn change(&mut self) {
+        let now = Instant::now();
+        self.changed = Some((self.changed.map_or(now, |(first, _)| first), now));
+    }
+
+    /// Whether a link with `peer` has a place; as long as the roster holds nobody else, every first contact has.
+    fn wants(&self, peer: &PeerId) -> bool {
+        self.sealed.is_none() || self.topology.are_linked(&self.id, peer)
+    }
+
+    fn is_due(&self) -> bool {
+        self.changed.is_some_and(|(first, last)| {
+            last.elapsed() >= Duration::from_secs(2) || first.elapsed() >= Duration::from_secs(10)
+        })
+    }
+
+    fn envelope(&mut self, kind: &str, data: &str) -> Envelope {
+        self.sequence += 1;
+        let (id, ttl) = (self.id, self.topology.ttl());
+        let cell = self.topology.cell_of(&id).unwrap();
+        let cell = if self.lies { CellIndex(cell.0 + 1) } else { cell };
+        let text = format!(
+            r#"{{"t":"{kind}","id":"{id}:x:{}","ttl":{ttl},"data":{data},"origin":"{id}","originCell":"{cell}"}}"#,
+            self.sequence
+        );
+        Envelope::parse(&text).unwrap()
+    }
+
+    /// The channels that this peer sends and listens on.
+    fn channels(&self) -> Vec<CellIndex> {
+        if self.lies {
+            return (0..u32::try_from(self.topology.total_cells()).unwrap()).map(CellIndex).collect();
+        }
+        self.topology.channels(&self.id)
+    }
+}
+
 struct Peer {
     id: PeerId,
     key: SdpKey,
     room: Room,
+    cells: Option<CellsPeer>,
     relay: String,
     clock: Clock,
     views: watch::Sender<View>,
@@ -156,6 +292,7 @@ impl Peer {
         }
         let (event_sender, mut events) = mpsc::unbounded_channel();
         let mut announce = tokio::time::interval(Duration::from_millis(2_500));
+        let mut look = tokio::time::interval(Duration::from_millis(200));
         loop {
             let mut out: Vec<(genosdb::Topic, Signal)> = Vec::new();
             tokio::select! {
@@ -168,6 +305,7 @@ impl Peer {
                         out.extend(self.hear(signal, &event_sender).await);
                     }
                 }
+                _ = look.tick(), if self.cells.is_some() => out.extend(self.look_at_cells(&event_sender).await),
                 Some(event) = events.recv() => self.handle(event).await,
                 command = commands.recv() => match command {
                     Some(Command::Write(script)) => self.write(&script).await,
@@ -176,6 +314,21 @@ impl Peer {
                             channel.send(&bytes.clone().into()).await.unwrap();
                         }
                     },
+                    Some(Command::MeshSend(data)) => {
+                        let envelope = self.cells.as_mut().unwrap().envelope("msg", &data);
+                        self.to_cells(&envelope, None).await;
+                    }
+                    Some(Command::MeshBytes(count)) => {
+                        let envelope = self.cells.as_mut().unwrap().envelope("msg", "null");
+                        self.to_cells(&envelope, Some(vec![7; count])).await;
+                    }
+                    Some(Command::MeshPing(target)) => {
+                        let data = format!(r#"{{"pingId":"p","target":"{target}"}}"#);
+                        let envelope = self.cells.as_mut().unwrap().envelope("ping", &data);
+                        self.to_cells(&envelope, None).await;
+                    }
+                    Some(Command::Stutter) => self.cells.as_mut().unwrap().stutters = true,
+                    Some(Command::Lie) => self.cells.as_mut().unwrap().lies = true,
                     Some(Command::Leave) | None => {
                         socket.send(sign(&keys, &root, &Signal::Bye { peer: self.id })).await.unwrap();
                         socket.close(None).await.unwrap();
@@ -206,15 +359,17 @@ impl Peer {
             return None;
         }
         let topic = self.room.self_topic(&peer);
+        if let Some(cells) = &mut self.cells {
+            match signal {
+                Signal::Announce { .. } if cells.roster.insert(peer) => cells.change(),
+                Signal::Bye { .. } if cells.roster.remove(&peer) => cells.change(),
+                _ => {}
+            }
+        }
+        let is_wanted = self.cells.as_ref().is_none_or(|cells| cells.wants(&peer));
         match signal {
-            Signal::Announce { .. } if !self.links.contains_key(&peer) => {
-                let connection = connection().await;
-                let channel = connection.create_data_channel("data", None).await.unwrap();
-                watch_channel(peer, &channel, events);
-                let offer = connection.create_offer(None).await.unwrap();
-                let sdp = self.seal(&described(&connection, offer).await);
-                self.add_link(peer, connection);
-                Some((topic, Signal::Offer { peer: self.id, sdp, superpeer: false }))
+            Signal::Announce { .. } if is_wanted && !self.links.contains_key(&peer) => {
+                Some(self.dial(peer, events).await)
             }
             Signal::Offer { sdp, .. } => {
                 if let Some(link) = self.links.get(&peer) {
@@ -253,6 +408,129 @@ impl Peer {
         }
     }
 
+    async fn dial(&mut self, peer: PeerId, events: &mpsc::UnboundedSender<Event>) -> (genosdb::Topic, Signal) {
+        let connection = connection().await;
+        let channel = connection.create_data_channel("data", None).await.unwrap();
+        watch_channel(peer, &channel, events);
+        let offer = connection.create_offer(None).await.unwrap();
+        let sdp = self.seal(&described(&connection, offer).await);
+        self.add_link(peer, connection);
+        (self.room.self_topic(&peer), Signal::Offer { peer: self.id, sdp, superpeer: false })
+    }
+
+    /// Seals the roster when it is due, dials whom the topology asks for, and drops whom it has no place for.
+    async fn look_at_cells(&mut self, events: &mpsc::UnboundedSender<Event>) -> Vec<(genosdb::Topic, Signal)> {
+        let mut signals = Vec::new();
+        let Some(cells) = &mut self.cells else { return signals };
+        let late = std::mem::take(&mut cells.late);
+        let mut wanted = Vec::new();
+        if cells.is_due() {
+            cells.changed = None;
+            let roster: Vec<PeerId> = cells.roster.iter().copied().collect();
+            cells.topology = Topology::new(&roster, cells.cell_size);
+            cells.sealed = Some(Instant::now());
+            self.view.topology = Some(cells.topology.clone());
+            wanted = cells.topology.links(&self.id);
+        }
+        let prunes = cells.changed.is_none() && cells.sealed.is_some_and(|at| at.elapsed() >= Duration::from_secs(5));
+        let surplus: Vec<PeerId> = self
+            .links
+            .iter()
+            .filter(|(peer, link)| prunes && link.channel.is_some() && !cells.wants(peer))
+            .map(|(peer, _)| *peer)
+            .collect();
+        for peer in wanted {
+            if !self.links.contains_key(&peer) {
+                signals.push(self.dial(peer, events).await);
+            }
+        }
+        for peer in surplus {
+            if let Some(link) = self.links.get(&peer) {
+                let _ = link.connection.close().await;
+            }
+            self.unlinked(peer);
+        }
+        for (from, envelope) in late.into_iter().rev() {
+            self.pass_on(from, &envelope, None).await;
+        }
+        signals
+    }
+
+    /// Sends an envelope of this peer's own on every channel that it sends on.
+    async fn to_cells(&mut self, envelope: &Envelope, bytes: Option<Vec<u8>>) {
+        if let Some(cells) = &mut self.cells {
+            cells.seen.insert(envelope.id.to_text());
+        }
+        self.send_on_channels(envelope, bytes, None).await;
+    }
+
+    async fn pass_on(&mut self, from: PeerId, envelope: &Envelope, bytes: Option<Vec<u8>>) {
+        if let Some(passed_on) = envelope.passed_on() {
+            self.send_on_channels(&passed_on, bytes, Some(from)).await;
+        }
+    }
+
+    async fn send_on_channels(&mut self, envelope: &Envelope, bytes: Option<Vec<u8>>, except: Option<PeerId>) {
+        let Some(cells) = &self.cells else { return };
+        let (topology, stutters) = (cells.topology.clone(), cells.stutters);
+        for cell in cells.channels() {
+            let content = match &bytes {
+                Some(bytes) => Content::Binary { meta: Some(envelope.print()), bytes: bytes.clone() },
+                None => Content::Text(envelope.print()),
+            };
+            let message = Message::new(cell.channel(), content);
+            let audience: Vec<PeerId> = self
+                .links
+                .keys()
+                .filter(|peer| Some(**peer) != except && topology.cell_of(peer) == Some(cell))
+                .copied()
+                .collect();
+            for peer in audience {
+                for _ in 0..1 + usize::from(stutters) {
+                    self.send(peer, &message).await;
+                }
+            }
+        }
+    }
+
+    /// A frame came on a cell's channel.
+    async fn hear_cell(&mut self, from: PeerId, cell: CellIndex, content: Content) {
+        let Some(cells) = &mut self.cells else { return };
+        if !cells.channels().contains(&cell) && cells.sealed.is_some() {
+            return;
+        }
+        let (text, bytes) = match content {
+            Content::Text(text) => (text, None),
+            Content::Binary { meta: Some(meta), bytes } => (meta, Some(bytes)),
+            other => panic!("{other:?}"),
+        };
+        let envelope = Envelope::parse(&text).unwrap();
+        if !cells.seen.insert(envelope.id.to_text()) {
+            return;
+        }
+        if cells.topology.is_bridge(&self.id) || cells.lies {
+            if cells.stutters && bytes.is_none() {
+                cells.late.push((from, envelope.clone()));
+            } else {
+                self.pass_on(from, &envelope, bytes.clone()).await;
+            }
+        }
+        match envelope.letter() {
+            Letter::Channel { payload, .. } => self.receive(payload.as_str()).await,
+            Letter::Bare => self.view.application.push(match bytes {
+                Some(bytes) => format!("{} bytes", bytes.len()),
+                None => envelope.data.to_string(),
+            }),
+            Letter::Ping { id, target } if target == self.id => {
+                let data = format!(r#"{{"pingId":{id},"receivedAt":{}}}"#, wall_ms());
+                let pong = self.cells.as_mut().unwrap().envelope("pong", &data);
+                self.to_cells(&pong, None).await;
+            }
+            Letter::Ping { .. } => {}
+            Letter::Other => self.view.ponged.push(envelope.origin),
+        }
+    }
+
     fn seal(&self, sdp: &str) -> SealedDescription {
         let mut iv = [0; 12];
         rand::rng().fill_bytes(&mut iv);
@@ -287,6 +565,9 @@ impl Peer {
                     Some((ChannelName::PING, _)) => self.send(peer, &Message::empty(ChannelName::PONG)).await,
                     Some((ChannelName::LEAVE, _)) => self.unlinked(peer),
                     Some((ChannelName::SYNC_GRAPH, Content::Json(text))) => self.receive(&text).await,
+                    Some((channel, content)) if CellIndex::of_channel(channel).is_some() => {
+                        self.hear_cell(peer, CellIndex::of_channel(channel).unwrap(), content).await;
+                    }
                     _ => {}
                 }
             }
@@ -364,6 +645,11 @@ impl Peer {
     }
 
     async fn broadcast(&mut self, operations: &[Operation]) {
+        if let Some(cells) = &mut self.cells {
+            let data = format!(r#"{{"_ch":"syncGraph","_d":{}}}"#, Batch::print(operations));
+            let envelope = cells.envelope("msg", &data);
+            return self.to_cells(&envelope, None).await;
+        }
         let message = Message::new(ChannelName::SYNC_GRAPH, Content::Json(Batch::print(operations)));
         let peers: Vec<PeerId> = self.links.keys().copied().collect();
         for peer in peers {

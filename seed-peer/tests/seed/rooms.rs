@@ -1,89 +1,10 @@
-//! The seed in its rooms, with peers on another WebRTC stack, through our relay over real sockets.
-#![allow(clippy::unwrap_used, reason = "helpers of tests")]
-
-mod support;
-
-use std::net::SocketAddr;
-use std::path::Path;
+//! Rooms in a full mesh.
 
 use genosdb::{MemoryGraph, Operation};
-use seed_peer::{Bounds, Config, RelayKey, RoomConfig, Server};
-use support::{Client, PATIENCE, View, new_id};
+use seed_peer::RelayKey;
 
-async fn relay() -> relay::Server {
-    relay_at("127.0.0.1:0".parse().unwrap()).await
-}
-
-async fn relay_at(listen: SocketAddr) -> relay::Server {
-    relay_with(listen, relay::Admission::Open).await
-}
-
-async fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
-    relay::Server::bind(relay::Config {
-        listen,
-        store: None,
-        admission,
-        limits: relay::Limits::default(),
-        rates: relay::Rates::default(),
-        trusted_proxy_header: None,
-        public_url: None,
-        announces: relay::AnnounceEconomy::default(),
-        routes: axum::Router::new(),
-    })
-    .await
-    .unwrap()
-}
-
-fn url(relay: &relay::Server) -> String {
-    format!("ws://{}/", relay.address())
-}
-
-fn seed(relays: &[&str], data: &Path) -> Server {
-    seed_with(relays, data, RelayKey::generate())
-}
-
-fn seed_with(relays: &[&str], data: &Path, relay_key: RelayKey) -> Server {
-    Server::bind(Config {
-        relay_key,
-        listen: "127.0.0.1:0".parse().unwrap(),
-        external: None,
-        data: data.to_owned(),
-        relays: relays.iter().map(|url| (*url).to_owned()).collect(),
-        rooms: vec![
-            RoomConfig { name: "my-app".into(), password: String::new() },
-            RoomConfig { name: "secret".into(), password: "pw1".into() },
-        ],
-        bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
-        message_bytes: 8 << 20,
-        max_links: 100,
-    })
-    .unwrap()
-}
-
-fn join(relay: &str) -> Client {
-    Client::join(relay, "my-app", "", new_id(), MemoryGraph::default())
-}
-
-/// Waits until the seed has counted `count` of something.
-async fn counted(seed: &Server, name: &str, label: &str, count: f64) {
-    let value = || -> f64 {
-        let families = seed.telemetry().registry.gather();
-        let metrics = families.iter().filter(|family| family.name() == name).flat_map(|family| family.get_metric());
-        metrics
-            .filter(|metric| label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label))
-            .map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value())
-            .sum()
-    };
-    let deadline = tokio::time::Instant::now() + PATIENCE;
-    while value() < count {
-        assert!(tokio::time::Instant::now() < deadline, "{name} {label}: {} of {count}", value());
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
-}
-
-fn nodes(view: &View) -> Vec<genosdb::Node> {
-    view.graph.full_state().nodes
-}
+use crate::client::{Client, PATIENCE, new_id, wall_ms};
+use crate::house::{counted, join, nodes, relay, relay_at, relay_with, seed, seed_with, url};
 
 const SCRIPT: &str = r#"
     put a {"text":"hello","n":1.5}
@@ -154,7 +75,7 @@ async fn the_seed_takes_what_it_lacks_and_gives_what_a_peer_lacks() {
 
     // A peer that wrote while it was alone, more than a client's log keeps, with older and newer timestamps.
     let mut alone = MemoryGraph::default();
-    let now = support::wall_ms();
+    let now = wall_ms();
     for (index, at) in [now - 3_600_000, now + 1_000].into_iter().enumerate() {
         for number in 0..300 {
             let text = format!(

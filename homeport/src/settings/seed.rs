@@ -1,0 +1,267 @@
+//! The settings of the seed peer.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use seed_peer::{Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use service::settings::SettingsError;
+use turn_server::ExternalIp;
+
+use super::{Settings, everywhere};
+
+/// `[seed]`
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct SeedSettings {
+    /// The UDP port of all WebRTC links.
+    listen: SocketAddr,
+    /// The folder of the archive.
+    pub(crate) data: PathBuf,
+    /// The identity that signs.
+    identity: Option<String>,
+    /// As `turn.external_ip`, and by default the same.
+    external_ip: Option<String>,
+    /// Relays to meet peers through, besides our own.
+    pub(crate) relays: Vec<String>,
+    /// The Nostr secret key that events to relays are signed with.
+    pub(super) relay_key: Option<String>,
+    /// The rooms to stay in.
+    pub(crate) room: Vec<RoomSettings>,
+    /// How long operations are kept as such, as `90d`; without it, for ever.
+    keep: Option<String>,
+    /// Links at a time.
+    max_links: usize,
+    /// Bytes of one message of a peer.
+    max_message_bytes: usize,
+    /// Operations a second of one peer; 0 sets no limit.
+    operations_per_second: u32,
+    /// Bytes of a node's value.
+    max_value_bytes: usize,
+    /// Nodes of one room.
+    max_nodes: u64,
+    /// Bytes of all nodes of one room.
+    max_room_bytes: u64,
+}
+
+impl fmt::Debug for SeedSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SeedSettings").field("listen", &self.listen).finish_non_exhaustive()
+    }
+}
+
+impl Default for SeedSettings {
+    fn default() -> Self {
+        let bounds = Bounds::default();
+        Self {
+            listen: everywhere(3479),
+            data: "homeport-data".into(),
+            identity: None,
+            external_ip: None,
+            relays: Vec::new(),
+            relay_key: None,
+            room: Vec::new(),
+            keep: None,
+            max_links: 4_096,
+            max_message_bytes: 64 << 20,
+            operations_per_second: 1_000,
+            max_value_bytes: bounds.value_bytes,
+            max_nodes: bounds.nodes,
+            max_room_bytes: bounds.room_bytes,
+        }
+    }
+}
+
+/// `[[seed.room]]`
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct RoomSettings {
+    /// The database's name.
+    pub(crate) name: String,
+    /// Cells, as the apps set them.
+    cells: Option<Cells>,
+    /// The room's password.
+    password: Option<String>,
+    /// Who rules the room.
+    super_admins: Vec<String>,
+}
+
+impl RoomSettings {
+    fn config(&self) -> RoomConfig {
+        let cells = match self.cells {
+            None | Some(Cells::Switch(false)) => None,
+            Some(Cells::Switch(true)) => Some(CellsSettings::default().config()),
+            Some(Cells::Table(cells)) => Some(cells.config()),
+        };
+        RoomConfig { name: self.name.clone(), password: self.password.clone().unwrap_or_default(), cells }
+    }
+}
+
+/// `true`, or how.
+#[derive(Clone, Copy, Serialize)]
+#[serde(untagged)]
+enum Cells {
+    Switch(bool),
+    Table(CellsSettings),
+}
+
+/// Cells, as in the apps' `rtc.cells`, and what the seed is to them.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct CellsSettings {
+    /// Peers of one cell, more or less.
+    pub(crate) cell_size: usize,
+    /// What the seed is to the cells: the bridge of its own, of every one, or a member like any other.
+    pub(crate) bridge: Bridge,
+}
+
+impl Default for CellsSettings {
+    fn default() -> Self {
+        Self { cell_size: 10, bridge: Bridge::One }
+    }
+}
+
+impl CellsSettings {
+    pub(crate) fn config(self) -> CellsConfig {
+        CellsConfig { cell_size: self.cell_size, bridge: self.bridge }
+    }
+
+    /// Why the cells cannot be, if they cannot.
+    pub(crate) fn problem(self) -> Option<&'static str> {
+        match (self.cell_size, self.bridge) {
+            (0, _) => Some("a cell has at least one member"),
+            (1, Bridge::Every) => Some("in cells of one, a bridge for each would be alone with itself: take 2 or more"),
+            _ => None,
+        }
+    }
+}
+
+/// Unlike that of an untagged enum, the error names what is wrong inside the table.
+impl<'de> Deserialize<'de> for Cells {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct CellsVisitor;
+        impl<'de> Visitor<'de> for CellsVisitor {
+            type Value = Cells;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("true, false or { cell_size = …, bridge = … } for cells")
+            }
+
+            fn visit_bool<E>(self, switch: bool) -> Result<Cells, E> {
+                Ok(Cells::Switch(switch))
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Cells, A::Error> {
+                CellsSettings::deserialize(MapAccessDeserializer::new(map)).map(Cells::Table)
+            }
+        }
+        deserializer.deserialize_any(CellsVisitor)
+    }
+}
+
+impl SeedSettings {
+    /// Stays in one more room, in a full mesh, unless the settings name it already.
+    pub(super) fn add_room(&mut self, name: &str) {
+        if !self.room.iter().any(|room| room.name == name) {
+            self.room.push(RoomSettings { name: name.to_owned(), ..RoomSettings::default() });
+        }
+    }
+
+    /// Refuses what cannot be, or not yet.
+    pub(super) fn check(&self) -> Result<(), SettingsError> {
+        let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
+        if self.identity.is_some() {
+            return not_yet("seed.identity");
+        }
+        self.keep()?;
+        let mut names = BTreeSet::new();
+        for room in &self.room {
+            if room.name.is_empty() {
+                return Err(SettingsError::of("seed.room.name", "a room needs the name of its database"));
+            }
+            if !names.insert(&room.name) {
+                return Err(SettingsError::of("seed.room.name", format_args!("{:?} stands there twice", room.name)));
+            }
+            if let Some(Cells::Table(cells)) = room.cells
+                && let Some(problem) = cells.problem()
+            {
+                return Err(SettingsError::of("seed.room.cells.cell_size", problem));
+            }
+            if !room.super_admins.is_empty() {
+                return not_yet("seed.room.super_admins");
+            }
+        }
+        for url in &self.relays {
+            if !url.starts_with("ws://") && !url.starts_with("wss://") {
+                return Err(SettingsError::of(
+                    "seed.relays",
+                    format_args!("{url:?} does not start with ws:// or wss://"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn keep(&self) -> Result<Option<Duration>, SettingsError> {
+        let parse = |text: &String| {
+            humantime::parse_duration(text)
+                .map_err(|error| SettingsError::of("seed.keep", format_args!("{error}; write it as \"90d\"")))
+        };
+        self.keep.as_ref().map(parse).transpose()
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds {
+            value_bytes: self.max_value_bytes,
+            nodes: self.max_nodes,
+            room_bytes: self.max_room_bytes,
+            ..Bounds::default()
+        }
+    }
+}
+
+impl Settings {
+    /// The seed's configuration, with `own_relay` in front of its relays.
+    pub(crate) async fn seed(&self, own_relay: Option<String>, relay_key: RelayKey) -> Result<Config, SettingsError> {
+        let external = match &self.seed.external_ip {
+            Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
+            // The seed's links have one address; of several, that of IPv4.
+            None => {
+                let ips = self.turn_external_ips()?;
+                let is_v4 = |ip: &&ExternalIp| match ip {
+                    ExternalIp::Auto | ExternalIp::Stun(_) => false,
+                    ExternalIp::Address(public) | ExternalIp::Mapped { public, .. } => public.is_ipv4(),
+                };
+                ips.iter().find(is_v4).or(ips.first()).cloned().unwrap_or_default()
+            }
+        };
+        let external = match external {
+            ExternalIp::Auto => None,
+            ExternalIp::Stun(_) => {
+                let addresses = turn_server::Addresses::find(&[external], self.seed.listen.ip()).await;
+                let own = addresses.v4.or(addresses.v6).filter(|own| own.public != own.bind);
+                own.map(|own| ExternalAddress { public: own.public, private: Some(own.bind) })
+            }
+            ExternalIp::Address(public) => Some(ExternalAddress { public, private: None }),
+            ExternalIp::Mapped { public, private } => Some(ExternalAddress { public, private: Some(private) }),
+        };
+        Ok(Config {
+            listen: self.seed.listen,
+            relay_key,
+            external,
+            data: self.seed.data.clone(),
+            relays: own_relay.into_iter().chain(self.seed.relays.iter().cloned()).collect(),
+            rooms: self.seed.room.iter().map(RoomSettings::config).collect(),
+            bounds: self.seed.bounds(),
+            keep: self.seed.keep()?,
+            message_bytes: self.seed.max_message_bytes,
+            operations_per_second: self.seed.operations_per_second,
+            max_links: self.seed.max_links,
+        })
+    }
+}

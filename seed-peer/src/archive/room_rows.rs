@@ -1,0 +1,130 @@
+//! The rows of rooms: where each stands, and how to join those that were added while the seed ran.
+
+use genosdb::{Hlc, PeerId};
+use rand::Rng as _;
+use rusqlite::{Connection, params};
+use serde::{Deserialize, Serialize};
+
+use super::graph::{RoomState, signed, unsigned};
+use super::{OpenRoom, RoomKey};
+use crate::cells::{Bridge, CellsConfig};
+use crate::rooms::Source;
+use crate::server::RoomConfig;
+
+/// How to join a room, as the archive keeps it.
+#[derive(Serialize, Deserialize)]
+struct Settings {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    password: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cells: Option<CellsSettings>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct CellsSettings {
+    cell_size: usize,
+    bridge: Bridge,
+}
+
+/// Finds or makes the row of a room.
+pub(super) fn open(connection: &Connection, config: &RoomConfig, source: Source) -> rusqlite::Result<OpenRoom> {
+    let settings = (source == Source::Added).then(|| {
+        let cells = config.cells.map(|CellsConfig { cell_size, bridge }| CellsSettings { cell_size, bridge });
+        serde_json::json!(Settings { password: config.password.clone(), cells }).to_string()
+    });
+    connection.execute(
+        "INSERT INTO room (name, peer_id, settings, paused, nodes, bytes, seq) VALUES (?1, ?2, ?3, 0, 0, 0, 0)
+         ON CONFLICT (name) DO UPDATE SET settings = ?3",
+        params![config.name, new_peer_id().as_str(), settings],
+    )?;
+    let (key, peer, latest, paused) = connection.query_row(
+        "SELECT id, peer_id, physical, logical, paused FROM room WHERE name = ?",
+        [&config.name],
+        |row| Ok((row.get(0)?, row.get::<_, String>(1)?, timestamp(row.get(2)?, row.get(3)?), row.get(4)?)),
+    )?;
+    let key = RoomKey(key);
+    let peer = match PeerId::parse(&peer) {
+        Some(peer) => peer,
+        // Somebody has been at the file; any id will do.
+        None => {
+            let peer = new_peer_id();
+            connection.execute("UPDATE room SET peer_id = ? WHERE id = ?", params![peer.as_str(), key.0])?;
+            peer
+        }
+    };
+    Ok(OpenRoom { key, peer, latest, paused })
+}
+
+/// The rooms that were added while the seed ran.
+pub(super) fn added(connection: &Connection) -> rusqlite::Result<Vec<RoomConfig>> {
+    let mut select = connection.prepare("SELECT name, settings FROM room WHERE settings IS NOT NULL ORDER BY name")?;
+    let rows = select.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
+    let mut rooms = Vec::new();
+    for row in rows {
+        let (name, settings) = row?;
+        match serde_json::from_str::<Settings>(&settings) {
+            Ok(Settings { password, cells }) => rooms.push(RoomConfig {
+                name,
+                password,
+                cells: cells.map(|CellsSettings { cell_size, bridge }| CellsConfig { cell_size, bridge }),
+            }),
+            Err(error) => tracing::error!(room = %name, %error, "the archive does not say how to join a room"),
+        }
+    }
+    Ok(rooms)
+}
+
+/// Remembers whether a room is paused.
+pub(super) fn set_paused(connection: &Connection, room: RoomKey, paused: bool) -> rusqlite::Result<()> {
+    connection.execute("UPDATE room SET paused = ? WHERE id = ?", params![paused, room.0])?;
+    Ok(())
+}
+
+/// Forgets that a room was added.
+pub(super) fn forget(connection: &Connection, room: RoomKey) -> rusqlite::Result<()> {
+    connection.execute("UPDATE room SET settings = NULL, paused = 0 WHERE id = ?", [room.0])?;
+    Ok(())
+}
+
+/// Where a room stands.
+pub(super) fn load(connection: &Connection, room: RoomKey) -> rusqlite::Result<RoomState> {
+    connection.prepare_cached("SELECT nodes, bytes, seq, physical, logical FROM room WHERE id = ?")?.query_row(
+        [room.0],
+        |row| {
+            Ok(RoomState {
+                id: room.0,
+                nodes: unsigned(row.get(0)?),
+                bytes: unsigned(row.get(1)?),
+                seq: unsigned(row.get(2)?),
+                latest: timestamp(row.get(3)?, row.get(4)?),
+            })
+        },
+    )
+}
+
+/// Writes where a room stands.
+pub(super) fn save(connection: &Connection, state: &RoomState) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("UPDATE room SET nodes = ?, bytes = ?, seq = ?, physical = ?, logical = ? WHERE id = ?")?
+        .execute(params![
+            signed(state.nodes),
+            signed(state.bytes),
+            signed(state.seq),
+            state.latest.map(|latest| signed(latest.physical)),
+            state.latest.map(|latest| signed(latest.logical)),
+            state.id
+        ])?;
+    Ok(())
+}
+
+fn timestamp(physical: Option<i64>, logical: Option<i64>) -> Option<Hlc> {
+    physical.zip(logical).map(|(physical, logical)| Hlc::new(unsigned(physical), unsigned(logical)))
+}
+
+/// A new id, great among its kind: of two offers that cross, that of the greater id stands, and only offers tell
+/// clients that the seed is a superpeer (wire §2).
+fn new_peer_id() -> PeerId {
+    let mut random = rand::rng();
+    let mut first = true;
+    PeerId::generate(|range| if std::mem::take(&mut first) { range.end - 1 } else { random.random_range(range) })
+}

@@ -1,0 +1,525 @@
+//! The thread that writes the archive.
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use genosdb::Hlc;
+use genosdb::graph::{Outcome, apply, merge};
+use genosdb::operation::{FullStateSync, Link, Node, Operation, Remove, Upsert};
+use rusqlite::{ErrorCode, params};
+use service::{Health, State};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::graph::{RoomGraph, RoomState, signed};
+use super::reader::Reader;
+use super::schema::ArchiveFile;
+use super::{Asker, Bounds, Known, Question, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
+use crate::metrics::Metrics;
+use crate::rooms::RoomError;
+
+/// How long requests are gathered for one commit.
+const GROUP_COMMIT: Duration = Duration::from_millis(10);
+/// How long to wait before a refusing disk is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often old operations are looked for.
+const COMPACTION_INTERVAL: Duration = Duration::from_secs(600);
+/// What an edge is taken to weigh where counting them would cost more than adding one.
+const AVERAGE_EDGE_BYTES: usize = 32;
+
+/// Requests that are committed together.
+const BATCH_REQUESTS: usize = super::QUEUE_REQUESTS;
+
+pub(super) struct Writer {
+    file: ArchiveFile,
+    reader: Reader,
+    names: HashMap<RoomKey, String>,
+    bounds: Bounds,
+    keep: Option<Duration>,
+    next_compaction: Instant,
+    /// The rooms as they are committed.
+    rooms: HashMap<RoomKey, RoomState>,
+    replies: UnboundedSender<Reply>,
+    metrics: Metrics,
+    health: Health,
+    shared: Arc<Shared>,
+    /// Requests that the disk refused and that are tried again.
+    held: Vec<Request>,
+}
+
+impl Writer {
+    #[allow(clippy::too_many_arguments, reason = "called once, with what the archive is made of")]
+    pub(super) fn new(
+        file: ArchiveFile,
+        reader: Reader,
+        bounds: Bounds,
+        keep: Option<Duration>,
+        replies: UnboundedSender<Reply>,
+        metrics: Metrics,
+        health: Health,
+        shared: Arc<Shared>,
+    ) -> Self {
+        health_ok(&health);
+        Self {
+            file,
+            reader,
+            names: HashMap::new(),
+            bounds,
+            keep,
+            next_compaction: Instant::now(),
+            rooms: HashMap::new(),
+            replies,
+            metrics,
+            health,
+            shared,
+            held: Vec::new(),
+        }
+    }
+
+    /// Gives a room its name in metrics, and publishes its size.
+    pub(super) fn name_room(&mut self, room: RoomKey, name: String) {
+        match room_rows::load(&self.file.connection, room) {
+            Ok(state) => {
+                self.publish(&name, &state);
+                self.rooms.insert(room, state);
+            }
+            Err(error) => tracing::warn!(%error, "the archive cannot read a room"),
+        }
+        self.names.insert(room, name);
+    }
+
+    pub(super) fn run(&mut self, requests: &Receiver<Request>) {
+        loop {
+            let wait = match (self.held.is_empty(), self.keep) {
+                (false, _) => RETRY,
+                (true, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()),
+                (true, None) => COMPACTION_INTERVAL,
+            };
+            match requests.recv_timeout(wait) {
+                Ok(first) => self.gather(first, requests),
+                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => self.compact(),
+                Err(RecvTimeoutError::Timeout) => self.commit(Vec::new()),
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        if !self.held.is_empty() {
+            self.commit(Vec::new());
+        }
+        if !self.held.is_empty() {
+            tracing::error!(messages = self.held.len(), "the disk refused to the end: messages are lost");
+        }
+        self.reader.close();
+        if let Err(error) = self.file.connection.execute_batch("PRAGMA optimize; PRAGMA wal_checkpoint(TRUNCATE)") {
+            tracing::warn!(%error, "the archive could not tidy up");
+        }
+    }
+
+    /// Takes what has queued up behind `first`, and commits it together.
+    fn gather(&mut self, first: Request, requests: &Receiver<Request>) {
+        let start = Instant::now();
+        let mut batch = Vec::new();
+        let mut next = Some(first);
+        while let Some(request) = next {
+            match request {
+                Request::Merge { .. } | Request::Answer(_) => batch.push(request),
+                wish => {
+                    // In order, but each by itself: who asked waits for what becomes of it.
+                    self.commit(std::mem::take(&mut batch));
+                    self.grant(wish);
+                }
+            }
+            next = (start.elapsed() < GROUP_COMMIT && batch.len() < BATCH_REQUESTS)
+                .then(|| requests.try_recv().ok())
+                .flatten();
+        }
+        self.commit(batch);
+    }
+
+    /// Does what the one who runs the seed asked for.
+    fn grant(&mut self, wish: Request) {
+        let connection = &self.file.connection;
+        let failed = |error: rusqlite::Error| RoomError::Archive(error.to_string());
+        // Who asked may have given up waiting, here and below.
+        match wish {
+            Request::Open { config, source, respond } => match room_rows::open(connection, &config, source) {
+                Ok(opened) => {
+                    self.name_room(opened.key, config.name.clone());
+                    self.reply(Reply::Opened { config, opened, added: source, respond });
+                }
+                Err(error) => {
+                    let _ = respond.send(Err(failed(error)));
+                }
+            },
+            Request::Pause { room, paused, respond } => {
+                let _ = respond.send(room_rows::set_paused(connection, room, paused).map_err(failed));
+            }
+            Request::Forget { room, respond } => {
+                let forgotten = room_rows::forget(connection, room).map_err(failed);
+                if let Some(name) = self.names.remove(&room) {
+                    for gauge in [&self.metrics.nodes, &self.metrics.node_bytes, &self.metrics.logged] {
+                        // A room that could not be read has none.
+                        let _ = gauge.remove_label_values(&[&name]);
+                    }
+                }
+                let _ = respond.send(forgotten);
+            }
+            Request::Merge { .. } | Request::Answer(_) => {}
+        }
+    }
+
+    fn commit(&mut self, batch: Vec<Request>) {
+        if batch.is_empty() && self.held.is_empty() {
+            return;
+        }
+        let refusing = !self.held.is_empty();
+        let mut all = std::mem::take(&mut self.held);
+        all.extend(batch);
+        let start = Instant::now();
+        let result = if all.iter().all(|request| matches!(request, Request::Answer(_))) {
+            Ok(Committed::default())
+        } else {
+            self.try_commit(&all)
+        };
+        match result {
+            Ok(Committed { rooms, replies }) => {
+                if !rooms.is_empty() {
+                    self.metrics.archive_commit_seconds.observe(start.elapsed().as_secs_f64());
+                }
+                for (key, state) in rooms {
+                    if let Some(name) = self.names.get(&key) {
+                        self.publish(name, &state);
+                    }
+                    self.rooms.insert(key, state);
+                }
+                self.release(&all);
+                for request in all {
+                    if let Request::Answer(question) = request {
+                        self.reader.ask(question);
+                    }
+                }
+                for reply in replies {
+                    match reply {
+                        Due::Reply(reply) => self.reply(reply),
+                        Due::Answer(question) => self.reader.ask(question),
+                    }
+                }
+                if refusing {
+                    tracing::info!("the archive writes again");
+                }
+                health_ok(&self.health);
+                self.report_missed();
+            }
+            Err(error) => self.refused(all, &error),
+        }
+    }
+
+    /// Merges inside one transaction; the replies are for after it.
+    fn try_commit(&mut self, batch: &[Request]) -> rusqlite::Result<Committed> {
+        self.file.connection.execute_batch("BEGIN IMMEDIATE")?;
+        let mut committed = Committed::default();
+        let result = self.merge_all(batch, &mut committed).and_then(|()| {
+            for state in committed.rooms.values() {
+                room_rows::save(&self.file.connection, state)?;
+            }
+            self.file.connection.execute_batch("COMMIT")
+        });
+        if let Err(error) = result {
+            // After some failures SQLite has rolled back by itself.
+            if !self.file.connection.is_autocommit()
+                && let Err(error) = self.file.connection.execute_batch("ROLLBACK")
+            {
+                tracing::error!(%error, "the archive could not roll back");
+            }
+            return Err(error);
+        }
+        Ok(committed)
+    }
+
+    fn merge_all(&mut self, batch: &[Request], committed: &mut Committed) -> rusqlite::Result<()> {
+        for request in batch {
+            let Request::Merge { room, asker, operations, wall_ms, .. } = request else { continue };
+            let before = match committed.rooms.get(room).or_else(|| self.rooms.get(room)) {
+                Some(state) => state.clone(),
+                None => room_rows::load(&self.file.connection, *room)?,
+            };
+            let mut state = before.clone();
+            self.file.connection.execute_batch("SAVEPOINT message")?;
+            match self.merge(&mut state, operations, *wall_ms) {
+                Ok(sender_lacks) => {
+                    if sender_lacks {
+                        committed.replies.push(lacking(*room, *asker));
+                    }
+                    if let Some(latest) = state.latest.filter(|_| state.latest != before.latest) {
+                        committed.replies.push(Due::Reply(Reply::Latest { room: *room, latest }));
+                    }
+                    if state != before {
+                        committed.rooms.insert(*room, state);
+                    }
+                }
+                Err(error) if is_of_the_disk(&error) => return Err(error),
+                Err(error) => {
+                    // Ours to mend, but not to stop the room for: the message is left out.
+                    tracing::error!(%error, "the archive could not take a message");
+                    self.metrics.operations.with_label_values(&["failed"]).inc();
+                    self.file.connection.execute_batch("ROLLBACK TO message")?;
+                }
+            }
+            self.file.connection.execute_batch("RELEASE message")?;
+        }
+        Ok(())
+    }
+
+    /// Merges what a peer sent. Returns whether the peer lacks something that we have.
+    fn merge(&mut self, state: &mut RoomState, operations: &[Operation], wall_ms: u64) -> rusqlite::Result<bool> {
+        let mut sender_lacks = false;
+        for operation in operations {
+            match operation {
+                Operation::Upsert(_) | Operation::Remove(_) | Operation::Link(_) => {
+                    self.apply(state, operation, wall_ms)?;
+                }
+                Operation::DeltaSync(delta) => {
+                    for operation in &delta.operations {
+                        self.apply(state, operation, wall_ms)?;
+                    }
+                }
+                Operation::FullStateSync(full) => sender_lacks |= self.merge_state(state, full, wall_ms)?,
+                Operation::Sync(_) => {}
+            }
+        }
+        Ok(sender_lacks)
+    }
+
+    fn apply(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<()> {
+        let result = match self.too_much(operation, state)? {
+            Some(reason) => reason,
+            None => {
+                let mut graph = RoomGraph { connection: &self.file.connection, state };
+                match apply(&mut graph, operation, wall_ms)? {
+                    Outcome::Applied => {
+                        let operation = capped(operation, wall_ms);
+                        state.see(timestamp_of(&operation));
+                        self.log(state, 0, &operation.to_string(), wall_ms)?;
+                        "applied"
+                    }
+                    Outcome::Superseded => "superseded",
+                    Outcome::Incomplete => "incomplete",
+                }
+            }
+        };
+        self.metrics.operations.with_label_values(&[result]).inc();
+        Ok(())
+    }
+
+    /// Why an operation is beyond the bounds, if it is.
+    fn too_much(&self, operation: &Operation, state: &mut RoomState) -> rusqlite::Result<Option<&'static str>> {
+        let bounds = &self.bounds;
+        let long = |id: &genosdb::JsonString| id.as_printed().len() > bounds.id_bytes;
+        let too_large = match operation {
+            Operation::Upsert(Upsert { id, value, extra, .. }) | Operation::Remove(Remove { id, value, extra, .. }) => {
+                let value = value.as_ref().map_or(0, |value| value.as_str().len());
+                long(id) || value + extra_bytes(extra) > bounds.value_bytes
+            }
+            Operation::Link(Link { source, target, extra, .. }) => {
+                long(source)
+                    || long(target)
+                    || extra_bytes(extra) > bounds.value_bytes
+                    || RoomGraph { connection: &self.file.connection, state }.edges_bytes(source)?
+                        > bounds.edges.saturating_mul(AVERAGE_EDGE_BYTES)
+            }
+            _ => false,
+        };
+        let is_full = state.nodes >= bounds.nodes || state.bytes >= bounds.room_bytes;
+        Ok(if too_large {
+            Some("too_large")
+        } else if is_full && matches!(operation, Operation::Upsert(_) | Operation::Link(_)) {
+            Some("room_full")
+        } else {
+            None
+        })
+    }
+
+    fn merge_state(&mut self, state: &mut RoomState, full: &FullStateSync, wall_ms: u64) -> rusqlite::Result<bool> {
+        let bounds = self.bounds;
+        let mut refused = 0;
+        let (mut taken, mut taken_bytes) = (0, 0);
+        let (held, held_bytes) = (state.nodes, state.bytes);
+        let accept = |node: &Node| {
+            let value = node.value.as_ref().map_or(0, |value| value.as_str().len()) + extra_bytes(&node.extra);
+            let fits = node.id.as_printed().len() <= bounds.id_bytes
+                && value <= bounds.value_bytes
+                && node.edges.len() <= bounds.edges
+                && node.edges.iter().all(|edge| edge.as_printed().len() <= bounds.id_bytes)
+                && held + taken < bounds.nodes
+                && held_bytes + taken_bytes < bounds.room_bytes;
+            taken += u64::from(fits);
+            taken_bytes += if fits { u64::try_from(value).unwrap_or(u64::MAX) } else { 0 };
+            refused += u64::from(!fits);
+            fits
+        };
+        let mut graph = RoomGraph { connection: &self.file.connection, state };
+        let merged = merge(&mut graph, full, wall_ms, accept)?;
+        for removal in &merged.removals {
+            state.see(removal.timestamp);
+            let operation = Operation::Remove(Remove {
+                id: removal.id.clone(),
+                value: None,
+                timestamp: removal.timestamp,
+                extra: Vec::new(),
+            });
+            self.log(state, 0, &operation.to_string(), wall_ms)?;
+        }
+        for node in &merged.nodes {
+            state.see(node.timestamp);
+            let mut text = String::new();
+            node.print(&mut text);
+            self.log(state, 1, &text, wall_ms)?;
+        }
+        let applied = merged.nodes.len() + merged.removals.len();
+        self.metrics.operations.with_label_values(&["applied"]).inc_by(u64::try_from(applied).unwrap_or(u64::MAX));
+        self.metrics.operations.with_label_values(&["too_large"]).inc_by(refused);
+        Ok(merged.sender_lacks)
+    }
+
+    fn log(&self, state: &mut RoomState, kind: i64, operation: &str, wall_ms: u64) -> rusqlite::Result<()> {
+        state.seq += 1;
+        self.file.connection.prepare_cached("INSERT INTO log VALUES (?, ?, ?, ?, ?)")?.execute(params![
+            state.id,
+            signed(state.seq),
+            signed(wall_ms),
+            kind,
+            operation
+        ])?;
+        Ok(())
+    }
+
+    /// The disk refuses: keep what is to be written, answer what can be answered.
+    fn refused(&mut self, batch: Vec<Request>, error: &rusqlite::Error) {
+        let reason = format!("cannot write: {error}");
+        if self.health.set("archive", State::Degraded(reason)) {
+            tracing::error!(%error, "the archive cannot write; it keeps what it has and tries again every second");
+        }
+        self.metrics.archive_failures.inc();
+        // What was committed before may still stand in the write-ahead log; in the file itself it takes less room.
+        if let Err(error) = self.file.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
+            tracing::debug!(%error, "the write-ahead log cannot be emptied");
+        }
+        for request in batch {
+            match request {
+                Request::Answer(question) => self.reader.ask(question),
+                merge => self.held.push(merge),
+            }
+        }
+    }
+
+    /// Takes a step in compacting what is older than is to be kept.
+    fn compact(&mut self) {
+        let Some(keep) = self.keep else { return };
+        let horizon_ms = crate::mesh::wall_ms().saturating_sub(u64::try_from(keep.as_millis()).unwrap_or(u64::MAX));
+        match compaction::step(&mut self.file.connection, horizon_ms) {
+            // The rest follows at once, but for what has queued up meanwhile.
+            Ok(taken) if taken > 0 => {
+                self.metrics.compacted.inc_by(taken);
+                self.next_compaction = Instant::now() + Duration::from_millis(1);
+            }
+            Ok(_) => self.next_compaction = Instant::now() + COMPACTION_INTERVAL,
+            Err(error) => {
+                tracing::warn!(%error, "the archive could not be compacted");
+                self.next_compaction = Instant::now() + COMPACTION_INTERVAL;
+            }
+        }
+    }
+
+    /// Gives the bytes of written messages back to the queue's budget.
+    fn release(&self, batch: &[Request]) {
+        for request in batch {
+            if let Request::Merge { bytes, .. } = request {
+                self.shared.queued_bytes.fetch_sub(*bytes, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn report_missed(&self) {
+        let missed = std::mem::take(&mut *self.shared.missed.lock().unwrap_or_else(PoisonError::into_inner));
+        for room in missed {
+            self.reply(Reply::Missed { room });
+        }
+    }
+
+    fn reply(&self, reply: Reply) {
+        // The other side is gone at shutdown: then nobody needs the reply.
+        let _ = self.replies.send(reply);
+    }
+
+    fn publish(&self, name: &str, state: &RoomState) {
+        self.metrics.nodes.with_label_values(&[name]).set(signed(state.nodes));
+        self.metrics.node_bytes.with_label_values(&[name]).set(signed(state.bytes));
+        self.metrics.logged.with_label_values(&[name]).set(signed(state.seq));
+    }
+}
+
+/// What a transaction has come to.
+#[derive(Default)]
+struct Committed {
+    /// The rooms that have changed.
+    rooms: HashMap<RoomKey, RoomState>,
+    replies: Vec<Due>,
+}
+
+/// What is to follow on a commit.
+enum Due {
+    Reply(Reply),
+    Answer(Question),
+}
+
+/// A peer lacks something: it is sent everything.
+fn lacking(room: RoomKey, asker: Asker) -> Due {
+    match asker {
+        Asker::Link(_) => Due::Answer(Question { room, asker, known: Known { timestamp: None, sent: None } }),
+        Asker::Room(room) => Due::Reply(Reply::RoomLacks { room }),
+    }
+}
+
+/// Whether an error will pass when the disk has space or works again.
+fn is_of_the_disk(error: &rusqlite::Error) -> bool {
+    matches!(
+        error.sqlite_error_code(),
+        Some(
+            ErrorCode::DiskFull
+                | ErrorCode::SystemIoFailure
+                | ErrorCode::ReadOnly
+                | ErrorCode::CannotOpen
+                | ErrorCode::DatabaseBusy
+                | ErrorCode::DatabaseLocked
+                | ErrorCode::DatabaseCorrupt
+                | ErrorCode::PermissionDenied
+                | ErrorCode::OutOfMemory
+        )
+    )
+}
+
+fn extra_bytes(extra: &genosdb::operation::Extra) -> usize {
+    extra.iter().map(|(name, value)| name.as_printed().len() + value.as_str().len()).sum()
+}
+
+/// The operation with its timestamp as the merge rules used it.
+fn capped(operation: &Operation, wall_ms: u64) -> Operation {
+    let mut operation = operation.clone();
+    if let Operation::Upsert(Upsert { timestamp, .. })
+    | Operation::Remove(Remove { timestamp, .. })
+    | Operation::Link(Link { timestamp, .. }) = &mut operation
+    {
+        *timestamp = timestamp.capped(wall_ms);
+    }
+    operation
+}
+
+fn timestamp_of(operation: &Operation) -> Hlc {
+    match operation {
+        Operation::Upsert(Upsert { timestamp, .. })
+        | Operation::Remove(Remove { timestamp, .. })
+        | Operation::Link(Link { timestamp, .. }) => *timestamp,
+        Operation::Sync(_) | Operation::DeltaSync(_) | Operation::FullStateSync(_) => Hlc::default(),
+    }
+}

@@ -1,0 +1,330 @@
+//! The seed's part in the cells of one room: which ids it goes by, whom it links with, what it passes on (wire §5).
+//! Sans-IO.
+//!
+//! Where clients and the seed disagree for a while on who is there, their topologies differ. So the seed is strict in
+//! what it builds, and lenient in what it takes: a frame counts whatever the channel it came on, and is sent to each
+//! peer on the channel of that peer's own cell, which it always listens to. What was seen is dropped, so that costs
+//! a frame at most.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
+use std::ops::RangeInclusive;
+use std::time::{Duration, Instant};
+
+use genosdb::cells::{HashedId, cell_count};
+use genosdb::election::Election;
+use genosdb::envelope::{Envelope, Postmark};
+use genosdb::{CellIndex, ChannelName, Json, PeerId, Topology};
+use serde::{Deserialize, Serialize};
+
+use crate::roster::Roster;
+
+/// Ids of messages that are remembered, as clients do.
+const REMEMBERED: usize = 5_000;
+/// Links outside the topology end so long after a seal.
+const PRUNE_AFTER: Duration = Duration::from_secs(5);
+/// Links that are younger are left alone: the other side may know more.
+const YOUNG: Duration = Duration::from_secs(15);
+/// Ids that the seed goes by in one room, at most.
+const MAX_IDS: u32 = 64;
+/// Ids that are looked for at one seal: each takes some milliseconds.
+const PICKS_AT_ONCE: usize = 4;
+/// How soon the rest is looked for.
+const PICK_PAUSE: Duration = Duration::from_millis(100);
+/// How often an id may be exchanged for a better one: to everybody else, a peer leaves and another comes.
+const REPICK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// What the seed is to a room in cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bridge {
+    /// The bridge of its cell.
+    #[default]
+    One,
+    /// The bridge of every cell, under an id for each.
+    Every,
+    /// A member like any other.
+    Off,
+}
+
+/// A room in cells; the apps' `rtc.cells` must say the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CellsConfig {
+    /// Peers of one cell, more or less. Clients' default is 10.
+    pub cell_size: usize,
+    /// What the seed is to the room.
+    pub bridge: Bridge,
+}
+
+/// What became of the seed's ids at a seal.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct IdChange {
+    pub(crate) added: Vec<PeerId>,
+    pub(crate) dropped: Vec<PeerId>,
+}
+
+/// The seed in the cells of one room.
+#[derive(Debug)]
+pub(crate) struct Cells {
+    config: CellsConfig,
+    /// The id that all others are made from.
+    base: PeerId,
+    /// The ids that the seed goes by: with [`Bridge::Every`] that of each cell, else one.
+    ours: Vec<PeerId>,
+    topology: Topology,
+    sealed: Option<Instant>,
+    repicked: Option<Instant>,
+    /// When ids are to be looked for that a seal left out.
+    unfinished: Option<Instant>,
+    /// The cell that a linked peer said it is in, and when.
+    claims: HashMap<PeerId, (CellIndex, Instant)>,
+    seen: Seen,
+    postmark: Postmark,
+}
+
+impl Cells {
+    pub(crate) fn new(config: CellsConfig, base: PeerId) -> Self {
+        let election = Election::expected(likely(1));
+        let id = match config.bridge {
+            Bridge::One => election.bridge(base),
+            Bridge::Every => election.bridge_of(CellIndex(0), base),
+            Bridge::Off => election.member(base),
+        };
+        Self {
+            config,
+            base,
+            ours: vec![id],
+            topology: Topology::new(&[id], config.cell_size),
+            sealed: None,
+            repicked: None,
+            unfinished: None,
+            claims: HashMap::new(),
+            seen: Seen::default(),
+            postmark: Postmark::default(),
+        }
+    }
+
+    /// The ids that the seed goes by.
+    pub(crate) fn ours(&self) -> &[PeerId] {
+        &self.ours
+    }
+
+    /// How many cells there are.
+    pub(crate) fn total_cells(&self) -> usize {
+        self.topology.total_cells()
+    }
+
+    /// How many of the cells have one of the seed's ids as their bridge.
+    pub(crate) fn bridged(&self) -> usize {
+        self.ours.iter().filter(|us| self.topology.is_bridge(us)).count()
+    }
+
+    /// When there is something to do besides sealing.
+    pub(crate) fn next_tick(&self) -> Option<Instant> {
+        self.unfinished
+    }
+
+    /// Whether ids are to be looked for now.
+    pub(crate) fn is_unfinished(&self, now: Instant) -> bool {
+        self.unfinished.is_some_and(|at| now >= at)
+    }
+
+    /// Makes the topology of those who are there, and changes the seed's ids where they no longer do.
+    pub(crate) fn seal(&mut self, roster: &Roster, now: Instant) -> IdChange {
+        let before = self.ours.clone();
+        let others: Vec<PeerId> = roster.iter().filter(|peer| !self.ours.contains(peer)).collect();
+        self.unfinished = None;
+        match self.config.bridge {
+            Bridge::Every => self.pick_for_every_cell(&others, now),
+            Bridge::One | Bridge::Off => self.pick_one(&others, now),
+        }
+        self.topology = self.topology_with(&others);
+        self.sealed = Some(now);
+        let added = self.ours.iter().filter(|id| !before.contains(id)).copied().collect();
+        let dropped = before.into_iter().filter(|id| !self.ours.contains(id)).collect();
+        IdChange { added, dropped }
+    }
+
+    fn topology_with(&self, others: &[PeerId]) -> Topology {
+        Topology::new(&[others, &self.ours].concat(), self.config.cell_size)
+    }
+
+    /// Takes another id when the one we have is not what it should be: the room has grown beyond what was likely, or
+    /// somebody has a better one.
+    fn pick_one(&mut self, others: &[PeerId], now: Instant) {
+        let topology = self.topology_with(others);
+        let (us, count) = (self.ours[0], cell_count(others.len() + 1, self.config.cell_size));
+        let alone = topology.cell_of(&us).is_none_or(|cell| topology.members(cell).len() < 2);
+        let fits = match self.config.bridge {
+            Bridge::Off => !topology.is_bridge(&us) || alone,
+            Bridge::One | Bridge::Every => topology.is_bridge(&us),
+        };
+        if count < 2 || fits || self.repicked.is_some_and(|at| now < at + REPICK_INTERVAL) {
+            return;
+        }
+        let election = Election::expected(likely(count)).held_among(others, 1, self.config.cell_size);
+        self.ours[0] = match self.config.bridge {
+            Bridge::Off => election.member(self.base),
+            Bridge::One | Bridge::Every => election.bridge(self.base),
+        };
+        self.repicked = Some(now);
+    }
+
+    /// Has one id for each cell, each the bridge of its own. The ids count as members: of every cell, one is ours.
+    fn pick_for_every_cell(&mut self, others: &[PeerId], now: Instant) {
+        let per_cell = self.config.cell_size.saturating_sub(1).max(1);
+        let needed = |others: usize| cell_count(others, per_cell).min(MAX_IDS) as usize;
+        let count = needed(others.len());
+        // Who comes and goes at the brink of another cell is not to make an id come and go.
+        let kept = needed(others.len() + per_cell / 2);
+        self.ours.truncate(kept.max(count));
+        let total = u32::try_from(count).unwrap_or(MAX_IDS);
+        let mut election = None;
+        let mut picks = 0;
+        for index in 0..count {
+            let cell = CellIndex(u32::try_from(index).unwrap_or(MAX_IDS));
+            let wins = self.ours.get(index).is_some_and(|us| {
+                let ranked = HashedId::new(us);
+                let beaten_by = |other: &PeerId| {
+                    let other = HashedId::new(other);
+                    other.cell_among(total) == cell && other.rank(cell) >= ranked.rank(cell)
+                };
+                count < 2 || (ranked.cell_among(total) == cell && !others.iter().any(beaten_by))
+            });
+            if wins {
+                continue;
+            }
+            if picks == PICKS_AT_ONCE {
+                self.unfinished = Some(now + PICK_PAUSE);
+                break;
+            }
+            picks += 1;
+            let election = election.get_or_insert_with(|| {
+                Election::expected(likely(total)).held_among(others, count, self.config.cell_size)
+            });
+            let id = election.bridge_of(cell, self.base);
+            match self.ours.get_mut(index) {
+                Some(us) => *us = id,
+                None => self.ours.push(id),
+            }
+        }
+    }
+
+    /// Whether `us` keeps a link with `peer`. A newcomer, whom nobody has in a topology yet, is met at once by the id
+    /// whose cell it will be in, so that it need not wait for the state of the room.
+    pub(crate) fn wants(&self, us: &PeerId, peer: &PeerId) -> bool {
+        if self.ours.contains(peer) {
+            return false;
+        }
+        if self.topology.cell_of(peer).is_some() {
+            return self.topology.are_linked(us, peer);
+        }
+        self.cell_to_be(peer).and_then(|cell| self.ours.get(cell)).unwrap_or(&self.ours[0]) == us
+    }
+
+    fn cell_to_be(&self, peer: &PeerId) -> Option<usize> {
+        let total = u32::try_from(self.topology.total_cells()).unwrap_or(u32::MAX);
+        usize::try_from(HashedId::new(peer).cell_among(total).0).ok()
+    }
+
+    /// Whether the link of `us` with `peer`, open since `opened`, has no place in the topology.
+    pub(crate) fn is_surplus(&self, us: &PeerId, peer: &PeerId, opened: Instant, now: Instant) -> bool {
+        self.sealed.is_some_and(|at| now >= at + PRUNE_AFTER)
+            && now >= opened + YOUNG
+            && self.topology.cell_of(peer).is_some()
+            && !self.topology.are_linked(us, peer)
+    }
+
+    /// Whether `peer` is a bridge, whom others rely on.
+    pub(crate) fn is_bridge(&self, peer: &PeerId) -> bool {
+        self.topology.is_bridge(peer)
+    }
+
+    /// Whether `us` passes on what it gets: every bridge does. A seed that is to be one does so as well while clients
+    /// may think that it is.
+    pub(crate) fn passes_on(&self, us: &PeerId) -> bool {
+        self.topology.is_bridge(us) || (self.config.bridge != Bridge::Off && self.topology.total_cells() > 1)
+    }
+
+    /// The channel on which `peer` listens: that of its own cell, as it said itself since the last seal, or as the
+    /// topology has it.
+    pub(crate) fn channel_to(&self, peer: &PeerId) -> ChannelName {
+        let known = self.topology.cell_of(peer);
+        let claimed =
+            self.claims.get(peer).filter(|(_, at)| known.is_none() || self.sealed.is_some_and(|since| *at >= since));
+        let cell = match (claimed, known) {
+            (Some((cell, _)), _) => *cell,
+            (None, Some(cell)) => cell,
+            (None, None) => {
+                self.cell_to_be(peer).and_then(|cell| u32::try_from(cell).ok()).map_or(CellIndex(0), CellIndex)
+            }
+        };
+        cell.channel()
+    }
+
+    /// Whether `us` is in the very cell of `peer`: of several links to a peer, that one is taken.
+    pub(crate) fn is_in_cell_of(&self, us: &PeerId, peer: &PeerId) -> bool {
+        self.topology.cell_of(us) == self.topology.cell_of(peer)
+    }
+
+    /// A frame came from `from`. Returns the envelope unless it was seen before, or was ours to begin with.
+    pub(crate) fn receive(&mut self, from: PeerId, envelope: Envelope, now: Instant) -> Option<Envelope> {
+        if let Some(cell) = envelope.origin_cell.filter(|_| envelope.origin == from)
+            // Nobody is in a cell so far out; whoever says so is not to make us remember each of its channels.
+            && u64::from(cell.0) < 2 * self.topology.total_cells() as u64 + 16
+        {
+            self.claims.insert(from, (cell, now));
+        }
+        let new = self.seen.insert(envelope.id.as_printed());
+        (new && !self.ours.contains(&envelope.origin)).then_some(envelope)
+    }
+
+    /// The last link to `peer` has ended.
+    pub(crate) fn unlinked(&mut self, peer: &PeerId) {
+        self.claims.remove(peer);
+    }
+
+    /// A message of the seed's own, to everybody.
+    pub(crate) fn message(&mut self, wall_ms: u64, channel: ChannelName, payload: &str) -> Envelope {
+        let envelope = self.postmark.channel(self.ours[0], &self.topology, wall_ms, channel, payload);
+        self.seen.insert(envelope.id.as_printed());
+        envelope
+    }
+
+    /// The seed's answer to a ping of one of its ids.
+    pub(crate) fn pong(&mut self, us: PeerId, wall_ms: u64, ping_id: &Json) -> Envelope {
+        let envelope = self.postmark.pong(us, &self.topology, wall_ms, ping_id);
+        self.seen.insert(envelope.id.as_printed());
+        envelope
+    }
+}
+
+/// The counts of cells that a room of `count` cells is likely to have before long.
+fn likely(count: u32) -> RangeInclusive<u32> {
+    (count * 2 / 3).max(2)..=(count * 2).max(6)
+}
+
+/// The messages that were seen last. Ids are kept as hashes under a key that nobody knows.
+#[derive(Debug, Default)]
+struct Seen {
+    hasher: RandomState,
+    ids: HashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl Seen {
+    /// Takes note of an id. Returns whether it is new.
+    fn insert(&mut self, id: &str) -> bool {
+        let hash = self.hasher.hash_one(id);
+        if !self.ids.insert(hash) {
+            return false;
+        }
+        self.order.push_back(hash);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+        true
+    }
+}

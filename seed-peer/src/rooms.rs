@@ -1,0 +1,130 @@
+//! The rooms of a running seed, for who runs it: what they are, and how to change that without a restart.
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::server::RoomConfig;
+
+/// Where a room comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// It stands in the settings.
+    Settings,
+    /// It was added while the seed ran; the archive remembers it.
+    Added,
+}
+
+/// A room as it is now.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoomStatus {
+    /// The database's name.
+    pub name: String,
+    /// Where it comes from.
+    pub source: Source,
+    /// Whether the seed stays out of it for now.
+    pub paused: bool,
+    /// Peers that are present, without the seed.
+    pub peers: usize,
+    /// Open links, over both rooms of the database.
+    pub links: usize,
+    /// How many cells there are; absent for a full mesh.
+    pub cells: Option<usize>,
+    /// How many of them have the seed as their bridge.
+    pub bridged_cells: Option<usize>,
+    /// Nodes in the archive.
+    pub nodes: u64,
+    /// Operations in the archive's log.
+    pub logged_operations: u64,
+}
+
+/// A room cannot be changed as asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RoomError {
+    /// There is no such room.
+    #[error("there is no such room")]
+    Unknown,
+    /// It is there already.
+    #[error("the room is there already")]
+    Exists,
+    /// It stands in the settings, and would be back after a restart.
+    #[error("the room stands in the settings: take it out there, or pause it")]
+    FromSettings,
+    /// The archive does not take it.
+    #[error("the archive does not take it: {0}")]
+    Archive(String),
+    /// The seed is shutting down.
+    #[error("the seed is shutting down")]
+    Gone,
+}
+
+/// What becomes of a wish.
+pub(crate) type Respond = oneshot::Sender<Result<(), RoomError>>;
+
+#[derive(Debug)]
+pub(crate) enum Command {
+    List { respond: oneshot::Sender<Vec<RoomStatus>> },
+    Add { config: RoomConfig, respond: Respond },
+    Pause { name: String, paused: bool, respond: Respond },
+    Remove { name: String, respond: Respond },
+}
+
+/// A handle on the rooms of a running seed.
+#[derive(Debug, Clone)]
+pub struct Rooms {
+    commands: mpsc::Sender<Command>,
+}
+
+impl Rooms {
+    pub(crate) fn new(commands: mpsc::Sender<Command>) -> Self {
+        Self { commands }
+    }
+
+    /// The rooms as they are, ordered by name.
+    ///
+    /// # Errors
+    /// When the seed is gone.
+    pub async fn list(&self) -> Result<Vec<RoomStatus>, RoomError> {
+        let (respond, response) = oneshot::channel();
+        self.commands.send(Command::List { respond }).await.map_err(|_| RoomError::Gone)?;
+        response.await.map_err(|_| RoomError::Gone)
+    }
+
+    /// Joins a room, now and after restarts.
+    ///
+    /// # Errors
+    /// [`RoomError`], here and below.
+    pub async fn add(&self, config: RoomConfig) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Add { config, respond }).await
+    }
+
+    /// Leaves a room for now, over restarts; what is archived stays.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn pause(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Pause { name: name.into(), paused: true, respond }).await
+    }
+
+    /// Joins a paused room again.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn resume(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Pause { name: name.into(), paused: false, respond }).await
+    }
+
+    /// Leaves a room that was added, for good. What is archived stays, and is there again when the room is.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn remove(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Remove { name: name.into(), respond }).await
+    }
+
+    async fn ask(&self, command: impl FnOnce(Respond) -> Command) -> Result<(), RoomError> {
+        let (respond, response) = oneshot::channel();
+        self.commands.send(command(respond)).await.map_err(|_| RoomError::Gone)?;
+        response.await.map_err(|_| RoomError::Gone)?
+    }
+}

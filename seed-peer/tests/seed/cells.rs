@@ -1,0 +1,231 @@
+//! Rooms in cells, with clients that know nothing of the seed but that it is a peer.
+
+use std::time::Duration;
+
+use genosdb::{MemoryGraph, PeerId, Room};
+use seed_peer::{Bridge, CellsConfig};
+
+use crate::client::{Client, View, new_id};
+use crate::house::{counted, relay, seed_in_cells, url};
+
+const CELL_SIZE: usize = 4;
+
+fn cells(bridge: Bridge) -> CellsConfig {
+    CellsConfig { cell_size: CELL_SIZE, bridge }
+}
+
+fn join(relay: &str) -> (PeerId, Client) {
+    join_room(relay, &Room::graph_sync("my-app"))
+}
+
+fn join_room(relay: &str, room: &Room) -> (PeerId, Client) {
+    let id = new_id();
+    (id, Client::join_cells(relay, room, id, MemoryGraph::default(), CELL_SIZE))
+}
+
+/// The bridges that a client has elected, in a room of so many cells.
+fn bridges(view: &View) -> Vec<PeerId> {
+    let Some(topology) = &view.topology else { return Vec::new() };
+    topology.roster().filter(|peer| topology.is_bridge(peer)).copied().collect()
+}
+
+/// Waits until all clients have the same view of who is there, with `ours` ids of the seed, and every link of it.
+async fn settled(clients: &mut [(PeerId, Client)], ours: usize) {
+    let present = clients.len() + ours;
+    for (id, client) in clients {
+        let is_settled = |view: &View| {
+            view.topology.as_ref().is_some_and(|topology| {
+                topology.roster().count() == present && topology.links(id).iter().all(|peer| view.linked.contains(peer))
+            })
+        };
+        client.until("the same topology as the others", is_settled).await;
+    }
+}
+
+#[tokio::test]
+async fn with_a_bridge_in_every_cell_a_burst_of_twelve_peers_relies_on_the_seed_alone() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    let mut clients: Vec<(PeerId, Client)> = (0..12).map(|_| join(&url)).collect();
+    // Three browsers to each cell, and one id of the seed.
+    settled(&mut clients, 4).await;
+    let theirs: Vec<PeerId> = clients.iter().map(|(id, _)| *id).collect();
+    for (_, client) in &clients {
+        let bridges = bridges(&client.view());
+        assert_eq!(bridges.len(), 4);
+        assert!(bridges.iter().all(|bridge| !theirs.contains(bridge)), "a browser was elected");
+    }
+    counted(&seed, "homeport_seed_bridged_cells", "my-app", 4.0).await;
+    counted(&seed, "homeport_seed_present_peers", "my-app", 12.0).await;
+
+    clients[0].1.write("put a {\"text\":\"over all cells\"}");
+    clients[5].1.mesh_send(r#"{"hello":"everybody"}"#);
+    clients[7].1.mesh_bytes(300_000);
+    let pinged = theirs[11];
+    clients[2].1.mesh_ping(pinged);
+    for (index, (_, client)) in clients.iter_mut().enumerate() {
+        client.until("the node", |view| view.graph.get("a").is_some()).await;
+        let expected = usize::from(index != 5) + usize::from(index != 7);
+        let view = client.until("messages of the application", |view| view.application.len() >= expected).await;
+        assert_eq!(view.application.len(), expected, "each once");
+        assert!(index == 7 || view.application.contains(&"300000 bytes".to_owned()));
+    }
+    let view = clients[2].1.until("a pong", |view| !view.ponged.is_empty()).await;
+    assert_eq!(view.ponged, [pinged]);
+
+    // A late joiner, and everybody gone but it: the archive has what was written.
+    let (_, mut late) = join(&url);
+    late.until("the node", |view| view.graph.get("a").is_some()).await;
+    for (_, client) in clients {
+        client.vanish();
+    }
+    late.leave().await;
+    seed.shutdown().await;
+    let (_, mut alone) = join(&url);
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    let view = alone.until("the node from the archive", |view| view.graph.get("a").is_some()).await;
+    assert_eq!(view.graph.iter().count(), 1, "what was only said is not kept");
+    alone.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn with_one_bridge_the_room_outlives_a_browser_that_was_another() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::One));
+    let mut clients: Vec<(PeerId, Client)> = (0..12).map(|_| join(&url)).collect();
+    settled(&mut clients, 1).await;
+    counted(&seed, "homeport_seed_bridged_cells", "my-app", 1.0).await;
+    let view = clients[0].1.view();
+    let topology = view.topology.unwrap();
+    assert_eq!(topology.total_cells(), 4);
+    let theirs: Vec<PeerId> = clients.iter().map(|(id, _)| *id).collect();
+    let elected = |peer: &&PeerId| topology.is_bridge(peer);
+    let seeds: Vec<&PeerId> = topology.roster().filter(elected).filter(|peer| !theirs.contains(peer)).collect();
+    assert_eq!(seeds.len(), 1, "the seed is elected in its cell");
+    clients[3].1.write("put before 1");
+    for (_, client) in &mut clients {
+        client.until("the node", |view| view.graph.get("before").is_some()).await;
+    }
+
+    if let Some(index) = theirs.iter().position(|peer| topology.is_bridge(peer)) {
+        // Says bye: its cell elects the next in line.
+        clients.remove(index).1.leave().await;
+    }
+    settled(&mut clients, 1).await;
+    clients[0].1.write("put after 1\nremove before");
+    let (late_id, late) = join(&url);
+    clients.push((late_id, late));
+    for (_, client) in &mut clients {
+        let view = client.until("what was written since", |view| view.graph.get("after").is_some()).await;
+        client.until("what was removed since", |view| view.graph.get("before").is_none()).await;
+        drop(view);
+    }
+    for (_, client) in clients {
+        client.vanish();
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_lies_and_one_that_stutters_cost_nobody_a_message() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    let mut clients: Vec<(PeerId, Client)> = (0..6).map(|_| join(&url)).collect();
+    settled(&mut clients, 2).await;
+    clients[0].1.lie();
+    clients[1].1.stutter();
+    for round in 0..5 {
+        for (index, (_, client)) in clients.iter().enumerate() {
+            client.write(&format!("put n{index}-{round} {round}"));
+            client.mesh_send(&format!("{{\"from\":{index},\"round\":{round}}}"));
+        }
+    }
+    for (index, (_, client)) in clients.iter_mut().enumerate() {
+        let view = client.until("every node", |view| view.graph.iter().count() == 30).await;
+        drop(view);
+        let view = client.until("every message", |view| view.application.len() >= 25).await;
+        let mut said = view.application.clone();
+        said.sort();
+        said.dedup();
+        assert_eq!((said.len(), view.application.len()), (25, 25), "peer {index} heard each once");
+    }
+    counted(&seed, "homeport_seed_operations_total", "applied", 30.0).await;
+    for (_, client) in clients {
+        client.vanish();
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn the_application_s_room_is_bridged_too() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    let room = Room::app_sync("my-app");
+    let mut clients: Vec<(PeerId, Client)> = (0..6).map(|_| join_room(&url, &room)).collect();
+    settled(&mut clients, 2).await;
+    clients[0].1.mesh_send(r#""in the application's room""#);
+    clients[1].1.mesh_bytes(100_000);
+    for (_, client) in clients.iter_mut().skip(2) {
+        let view = client.until("both messages", |view| view.application.len() == 2).await;
+        assert!(view.application.contains(&"100000 bytes".to_owned()));
+    }
+    for (_, client) in clients {
+        client.leave().await;
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn clients_that_disagree_with_the_room_on_cells_are_served_and_told_of() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::One));
+    let mut full_mesh = Client::join(&url, "my-app", "", new_id(), MemoryGraph::default());
+    full_mesh.until("a link", |view| view.linked.len() == 1).await;
+    full_mesh.write("put a 1");
+    counted(&seed, "homeport_seed_operations_total", "applied", 1.0).await;
+    // A newcomer may take its time to seal its roster: only then is it clear that it has none.
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let mut number = 0;
+    while tokio::time::Instant::now() < deadline && mismatches(&seed) < 1.0 {
+        number += 1;
+        full_mesh.write(&format!("put b {number}"));
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
+    counted(&seed, "homeport_seed_cell_mismatches_total", "", 1.0).await;
+    full_mesh.leave().await;
+    let mut newcomer = Client::join(&url, "my-app", "", new_id(), MemoryGraph::default());
+    newcomer.until("what the other wrote", |view| view.graph.get("a").is_some()).await;
+    newcomer.leave().await;
+    seed.shutdown().await;
+
+    let data = tempfile::tempdir().unwrap();
+    let seed = crate::house::seed(&[&url], data.path());
+    let (_, mut in_cells) = join(&url);
+    in_cells.until("a link, and a roster", |view| !view.linked.is_empty() && view.topology.is_some()).await;
+    in_cells.write("put a 1");
+    counted(&seed, "homeport_seed_cell_mismatches_total", "", 1.0).await;
+    in_cells.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+fn mismatches(seed: &seed_peer::Server) -> f64 {
+    let families = seed.telemetry().registry.gather();
+    let family = families.iter().find(|family| family.name() == "homeport_seed_cell_mismatches_total");
+    family.map_or(0.0, |family| family.get_metric()[0].get_counter().get_value())
+}

@@ -1,0 +1,96 @@
+//! Relay and seed, as tests set them up.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use genosdb::MemoryGraph;
+use seed_peer::{Bounds, CellsConfig, Config, RelayKey, RoomConfig, Server};
+
+use crate::client::{Client, PATIENCE, View, new_id};
+
+pub(crate) async fn relay() -> relay::Server {
+    relay_at("127.0.0.1:0".parse().unwrap()).await
+}
+
+pub(crate) async fn relay_at(listen: SocketAddr) -> relay::Server {
+    relay_with(listen, relay::Admission::Open).await
+}
+
+pub(crate) async fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
+    relay::Server::bind(relay::Config {
+        listen,
+        store: None,
+        admission,
+        limits: relay::Limits::default(),
+        rates: relay::Rates::default(),
+        trusted_proxy_header: None,
+        public_url: None,
+        announces: relay::AnnounceEconomy::default(),
+        routes: axum::Router::new(),
+    })
+    .await
+    .unwrap()
+}
+
+pub(crate) fn url(relay: &relay::Server) -> String {
+    format!("ws://{}/", relay.address())
+}
+
+pub(crate) fn seed(relays: &[&str], data: &Path) -> Server {
+    seed_with(relays, data, RelayKey::generate())
+}
+
+pub(crate) fn seed_with(relays: &[&str], data: &Path, relay_key: RelayKey) -> Server {
+    let rooms = vec![
+        RoomConfig { name: "my-app".into(), password: String::new(), cells: None },
+        RoomConfig { name: "secret".into(), password: "pw1".into(), cells: None },
+    ];
+    Server::bind(Config { relay_key, ..config(relays, data, rooms) }).unwrap()
+}
+
+/// A seed in a room called `my-app`, in cells.
+pub(crate) fn seed_in_cells(relay: &str, data: &Path, cells: CellsConfig) -> Server {
+    let room = RoomConfig { name: "my-app".into(), password: String::new(), cells: Some(cells) };
+    Server::bind(config(&[relay], data, vec![room])).unwrap()
+}
+
+pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Config {
+    Config {
+        relay_key: RelayKey::generate(),
+        listen: "127.0.0.1:0".parse().unwrap(),
+        external: None,
+        data: data.to_owned(),
+        relays: relays.iter().map(|url| (*url).to_owned()).collect(),
+        rooms,
+        bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
+        keep: None,
+        message_bytes: 8 << 20,
+        operations_per_second: 1_000,
+        max_links: 600,
+    }
+}
+
+pub(crate) fn join(relay: &str) -> Client {
+    Client::join(relay, "my-app", "", new_id(), MemoryGraph::default())
+}
+
+/// Waits until the seed has counted `count` of something.
+pub(crate) async fn counted(seed: &Server, name: &str, label: &str, count: f64) {
+    let value = || -> f64 {
+        let families = seed.telemetry().registry.gather();
+        let metrics = families.iter().filter(|family| family.name() == name).flat_map(|family| family.get_metric());
+        metrics
+            .filter(|metric| label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label))
+            .map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value())
+            .sum()
+    };
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while value() < count {
+        assert!(tokio::time::Instant::now() < deadline, "{name} {label}: {} of {count}", value());
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+}
+
+pub(crate) fn nodes(view: &View) -> Vec<genosdb::Node> {
+    view.graph.full_state().nodes
+}

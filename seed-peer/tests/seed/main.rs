@@ -1,0 +1,7 @@
+//! The seed in its rooms, with peers on another WebRTC stack, through our relay over real sockets.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod cells;
+mod client;
+mod house;
+mod rooms;
