@@ -23,6 +23,7 @@ struct Fixture {
     room: RoomKey,
     next_asker: u64,
     health: Health,
+    metrics: Metrics,
 }
 
 impl Fixture {
@@ -37,8 +38,8 @@ impl Fixture {
         let (sender, replies) = unbounded_channel();
         let metrics = Metrics::register(&prometheus::Registry::new()).unwrap();
         let health = Health::default();
-        let archive = opened.start(bounds, keep, sender, metrics, health.clone()).unwrap();
-        Self { archive: Some(archive), replies, room: room.key, next_asker: 100, health }
+        let archive = opened.start(bounds, keep, sender, metrics.clone(), health.clone()).unwrap();
+        Self { archive: Some(archive), replies, room: room.key, next_asker: 100, health, metrics }
     }
 
     fn merge(&self, operations: &[Operation]) {
@@ -224,6 +225,163 @@ fn what_is_too_much_is_left_out_and_the_rest_is_taken() {
     archive.merge(&[text("g", "one too many")]);
     let held: Vec<String> = archive.graph().iter().map(|node| node.id.to_text()).collect();
     assert_eq!(held, ["a", "c", "e"]);
+}
+
+#[test]
+fn the_size_of_a_room_is_counted_and_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let bounds = Bounds { room_bytes: 60, ..Bounds::default() };
+    let mut archive = Fixture::open(folder.path(), bounds);
+    let link = operation(2, 1, 2, Hlc::new(NOW_MS, 3));
+    archive.merge(&[put(1, 1), put(2, 2), link]);
+    // What is over the bound is left out; what makes the room smaller is taken.
+    archive.merge(&[put(3, 4), put(4, 5), put(5, 6), put(6, 7)]);
+    let held = archive.graph().iter().count();
+    assert!((3..6).contains(&held), "{held}");
+    archive.merge(&[operation(1, 1, 0, Hlc::new(NOW_MS, 8))]);
+    assert_eq!(archive.graph().iter().count(), held - 1);
+    drop(archive);
+    let file = super::schema::open(folder.path()).unwrap();
+    let counted = "SELECT bytes, (SELECT sum(octet_length(id) + octet_length(value) + octet_length(edges) \
+        + octet_length(extra)) FROM node) FROM room";
+    let (bytes, sum): (i64, i64) =
+        file.connection.query_row(counted, [], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    assert_eq!(bytes, sum);
+}
+
+/// A room of so many nodes, written so many hours ago.
+fn many(count: u64, at_ms: u64) -> Vec<Operation> {
+    let make = |index| {
+        let text = format!(
+            r#"{{"type":"upsert","id":"x{index}","value":{{"text":"node number {index}"}},"timestamp":{{"physical":{at_ms},"logical":{index}}}}}"#
+        );
+        Operation::parse(&text, &mut 0).unwrap()
+    };
+    (0..count).map(make).collect()
+}
+
+#[test]
+fn a_state_that_is_kept_is_sent_with_what_came_since() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    archive.merge(&many(1_000, NOW_MS - 1_000));
+    let nothing = Known { timestamp: None, sent: None };
+    assert_eq!(archive.answers(nothing).0.len(), 1);
+    archive.merge(&[put(1, 1), operation(1, 2, 0, Hlc::new(NOW_MS, 2))]);
+    let (answers, sent) = archive.answers(nothing);
+    let [Operation::FullStateSync(state), Operation::DeltaSync(delta)] = &answers[..] else { panic!("{answers:?}") };
+    assert_eq!((state.nodes.len(), delta.operations.len(), sent), (1_000, 2, 1_002));
+    assert_eq!(archive.graph().iter().count(), 1_001);
+    // What came as nodes of a state cannot be said as operations: the state is made anew.
+    let mut other = MemoryGraph::default();
+    other.apply(&put(9, 9), NOW_MS);
+    archive.merge(&[Operation::FullStateSync(other.full_state())]);
+    let (answers, _) = archive.answers(nothing);
+    assert!(matches!(&answers[..], [Operation::FullStateSync(state)] if state.nodes.len() == 1_002));
+}
+
+#[test]
+fn a_peer_that_was_away_for_months_gets_a_delta_when_that_is_smaller() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    let (year, months) = (NOW_MS - 365 * 86_400_000, NOW_MS - 90 * 86_400_000);
+    let send = |archive: &Fixture, operations, at| {
+        assert!(archive.archive.as_ref().unwrap().merge(archive.room, LINK, operations, at, 100));
+    };
+    send(&archive, many(20_000, year), year);
+    let away = Known { timestamp: Some(Hlc::new(months, 0)), sent: None };
+    send(&archive, many(5_000, NOW_MS), NOW_MS);
+    assert!(matches!(archive.answer(away).0, Operation::DeltaSync(delta) if delta.operations.len() == 5_000));
+    // One that has been gone while everything was rewritten several times is sent what came of it.
+    for round in 1..6 {
+        send(&archive, many(20_000, NOW_MS + round), NOW_MS + round);
+    }
+    assert!(matches!(archive.answer(away).0, Operation::FullStateSync(state) if state.nodes.len() == 20_000));
+}
+
+/// What a room was before the first entry of its log, and what it is with the log.
+fn replayed(folder: &Path) -> (usize, MemoryGraph) {
+    let file = super::schema::open(folder).unwrap();
+    let mut graph = MemoryGraph::default();
+    let mut nodes = file
+        .connection
+        .prepare(
+            "SELECT node.id, value, edges, node.physical, node.logical FROM node JOIN room ON room.id = node.room
+                  WHERE snapshot_of = 1",
+        )
+        .unwrap();
+    let mut rows = nodes.query([]).unwrap();
+    let mut text = String::from(r#"{"type":"fullStateSync","graphData":{"#);
+    while let Some(row) = rows.next().unwrap() {
+        let id: String = row.get(0).unwrap();
+        let value: String = row.get(1).unwrap();
+        let edges: String = row.get(2).unwrap();
+        let (physical, logical): (i64, i64) = (row.get(3).unwrap(), row.get(4).unwrap());
+        text.push_str(&format!(
+            r#""{id}":{{"id":"{id}","value":{value},"edges":{edges},"timestamp":{{"physical":{physical},"logical":{logical}}}}},"#
+        ));
+    }
+    let mut tombstones = file
+        .connection
+        .prepare(
+            "SELECT tombstone.id, tombstone.physical, tombstone.logical FROM tombstone
+                  JOIN room ON room.id = tombstone.room WHERE snapshot_of = 1",
+        )
+        .unwrap();
+    let removals: Vec<String> = tombstones
+        .query_map([], |row| {
+            let (id, physical, logical): (String, i64, i64) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            Ok(format!(r#"{{"id":"{id}","timestamp":{{"physical":{physical},"logical":{logical}}}}}"#))
+        })
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
+    let text = format!("{}}},\"removals\":[{}],\"timestamp\":null}}", text.trim_end_matches(','), removals.join(","));
+    let Operation::FullStateSync(state) = Operation::parse(&text, &mut 0).unwrap() else { panic!("a state") };
+    graph.merge(&state, NOW_MS);
+    let mut log = file.connection.prepare("SELECT kind, operation FROM log WHERE room = 1 ORDER BY seq").unwrap();
+    let mut rows = log.query([]).unwrap();
+    let mut entries = 0;
+    while let Some(row) = rows.next().unwrap() {
+        entries += 1;
+        assert_eq!(row.get::<_, i64>(0).unwrap(), 0);
+        let operation = Operation::parse(&row.get::<_, String>(1).unwrap(), &mut 0).unwrap();
+        graph.apply(&operation, NOW_MS);
+    }
+    (entries, graph)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn what_is_compacted_amounts_to_the_same(older in schedules(), newer in schedules()) {
+        let folder = tempfile::tempdir().unwrap();
+        let now = crate::mesh::wall_ms();
+        let mut expected = MemoryGraph::default();
+        let mut archive = Fixture::open(folder.path(), Bounds::default());
+        for (operations, at) in [(&older, now - 10_000), (&newer, now)] {
+            for operation in operations {
+                expected.apply(operation, at);
+            }
+            assert!(archive.archive.as_ref().unwrap().merge(archive.room, LINK, operations.clone(), at, 100));
+        }
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+        drop(archive);
+
+        let mut archive = Fixture::open_with(folder.path(), Bounds::default(), Some(Duration::from_millis(5_000)));
+        prop_assert_eq!(archive.graph().full_state(), expected.full_state());
+        // A peer that knows what is compacted gets the state: a delta would have a hole.
+        let known = Known { timestamp: Some(Hlc::new(1, 1)), sent: Some(0) };
+        let compacted = || archive.metrics.compacted.get() > 0;
+        wait_until(compacted);
+        let answers = archive.answers(known).0;
+        prop_assert!(matches!(&answers[..], [Operation::FullStateSync(_)]));
+        drop(archive);
+        let (entries, graph) = replayed(folder.path());
+        prop_assert!(entries <= newer.len());
+        prop_assert_eq!(graph.full_state(), expected.full_state());
+    }
 }
 
 #[test]

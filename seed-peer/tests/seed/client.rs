@@ -316,16 +316,16 @@ impl Peer {
                     },
                     Some(Command::MeshSend(data)) => {
                         let envelope = self.cells.as_mut().unwrap().envelope("msg", &data);
-                        self.to_cells(&envelope, None).await;
+                        self.send_to_cells(&envelope, None).await;
                     }
                     Some(Command::MeshBytes(count)) => {
                         let envelope = self.cells.as_mut().unwrap().envelope("msg", "null");
-                        self.to_cells(&envelope, Some(vec![7; count])).await;
+                        self.send_to_cells(&envelope, Some(vec![7; count])).await;
                     }
                     Some(Command::MeshPing(target)) => {
                         let data = format!(r#"{{"pingId":"p","target":"{target}"}}"#);
                         let envelope = self.cells.as_mut().unwrap().envelope("ping", &data);
-                        self.to_cells(&envelope, None).await;
+                        self.send_to_cells(&envelope, None).await;
                     }
                     Some(Command::Stutter) => self.cells.as_mut().unwrap().stutters = true,
                     Some(Command::Lie) => self.cells.as_mut().unwrap().lies = true,
@@ -457,7 +457,7 @@ impl Peer {
     }
 
     /// Sends an envelope of this peer's own on every channel that it sends on.
-    async fn to_cells(&mut self, envelope: &Envelope, bytes: Option<Vec<u8>>) {
+    async fn send_to_cells(&mut self, envelope: &Envelope, bytes: Option<Vec<u8>>) {
         if let Some(cells) = &mut self.cells {
             cells.seen.insert(envelope.id.to_text());
         }
@@ -524,7 +524,7 @@ impl Peer {
             Letter::Ping { id, target } if target == self.id => {
                 let data = format!(r#"{{"pingId":{id},"receivedAt":{}}}"#, wall_ms());
                 let pong = self.cells.as_mut().unwrap().envelope("pong", &data);
-                self.to_cells(&pong, None).await;
+                self.send_to_cells(&pong, None).await;
             }
             Letter::Ping { .. } => {}
             Letter::Other => self.view.ponged.push(envelope.origin),
@@ -648,7 +648,7 @@ impl Peer {
         if let Some(cells) = &mut self.cells {
             let data = format!(r#"{{"_ch":"syncGraph","_d":{}}}"#, Batch::print(operations));
             let envelope = cells.envelope("msg", &data);
-            return self.to_cells(&envelope, None).await;
+            return self.send_to_cells(&envelope, None).await;
         }
         let message = Message::new(ChannelName::SYNC_GRAPH, Content::Json(Batch::print(operations)));
         let peers: Vec<PeerId> = self.links.keys().copied().collect();
