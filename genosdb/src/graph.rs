@@ -1,7 +1,14 @@
 //! The rules by which operations and states merge into a graph (wire §4), over any store of nodes.
 //!
-//! A node is one register: of two versions the newer wins, value and edges together. A removal is a tombstone
-//! that wins over every version that is not newer. Equal timestamps: the local side stays.
+//! - A node is one register: of two versions the newer wins, value and edges together. Equal timestamps: the local side
+//!   stays.
+//! - A removal is a tombstone that wins over every version that is not newer, and takes the edges to the node with it.
+//!   It is remembered even when the node is made again, so that nothing from before comes back.
+//! - Nothing on this wire takes an edge away but the removal of one of its ends. So a link that comes late, when its
+//!   source has changed since, still adds its edge; and of two versions of one moment, which differ in links that one
+//!   side has missed, the edges of both count. Whoever hears the same operations in another order, or some of them as
+//!   part of a state, holds the same graph in the end. (Two peers that write one node under the very same timestamp
+//!   are beyond that: the wire has nothing to tell which is to stay.)
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -19,8 +26,12 @@ pub trait Store {
     /// # Errors
     /// When the store fails, here and below.
     fn timestamp(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error>;
-    /// When the node `id` was last removed, if it was.
+    /// When the node `id` was last removed, if it ever was, also when it has been made again since.
     fn removed(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error>;
+    /// Whether the node `source` has an edge to `target`.
+    fn has_edge(&mut self, source: &JsonString, target: &JsonString) -> Result<bool, Self::Error>;
+    /// The edges of the node `id`; none when there is no such node.
+    fn edges(&mut self, id: &JsonString) -> Result<Vec<JsonString>, Self::Error>;
     /// How many nodes there are.
     fn nodes(&mut self) -> Result<u64, Self::Error>;
     /// Sets value and timestamp of a node; edges stay as they were, none for a new one.
@@ -33,8 +44,10 @@ pub trait Store {
     fn touch(&mut self, id: &JsonString, timestamp: Hlc) -> Result<(), Self::Error>;
     /// Drops a node, if it is there, and every edge to it.
     fn drop_node(&mut self, id: &JsonString) -> Result<(), Self::Error>;
-    /// Sets or clears the tombstone of a node.
-    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> Result<(), Self::Error>;
+    /// Drops the edges to a node from nodes that were last changed before `before`.
+    fn drop_edges_to(&mut self, id: &JsonString, before: Hlc) -> Result<(), Self::Error>;
+    /// Sets the tombstone of a node.
+    fn set_removed(&mut self, id: &JsonString, timestamp: Hlc) -> Result<(), Self::Error>;
 }
 
 /// What became of an operation.
@@ -70,33 +83,39 @@ fn apply_upsert<S: Store>(store: &mut S, upsert: &Upsert, timestamp: Hlc) -> Res
         return Ok(Outcome::Superseded);
     }
     store.set_value(&upsert.id, value, timestamp)?;
-    if removed.is_some() {
-        // The node itself is now newer than the tombstone, and guards against older versions as well.
-        store.set_removed(&upsert.id, None)?;
-    }
     Ok(Outcome::Applied)
 }
 
 fn apply_removal<S: Store>(store: &mut S, id: &JsonString, timestamp: Hlc) -> Result<Outcome, S::Error> {
-    if store.timestamp(id)?.max(store.removed(id)?) >= Some(timestamp) {
+    if store.removed(id)? >= Some(timestamp) {
         return Ok(Outcome::Superseded);
     }
-    store.drop_node(id)?;
-    store.set_removed(id, Some(timestamp))?;
+    if store.timestamp(id)? >= Some(timestamp) {
+        // Made again since, as was heard before. What linked to it until then linked to what is gone.
+        store.drop_edges_to(id, timestamp)?;
+    } else {
+        store.drop_node(id)?;
+    }
+    store.set_removed(id, timestamp)?;
     Ok(Outcome::Applied)
 }
 
 fn apply_link<S: Store>(store: &mut S, link: &Link, timestamp: Hlc) -> Result<Outcome, S::Error> {
     let Some(current) = store.timestamp(&link.source)? else { return Ok(Outcome::Incomplete) };
+    let end_of_target = store.removed(&link.target)?;
     if current >= timestamp {
-        return Ok(Outcome::Superseded);
-    }
-    if store.removed(&link.target)?.is_some() {
+        // It comes late. If its target has an end, nothing tells which came first.
+        let from_before = store.removed(&link.source)? >= Some(timestamp) || end_of_target.is_some();
+        if from_before || store.has_edge(&link.source, &link.target)? {
+            return Ok(Outcome::Superseded);
+        }
+    } else if end_of_target >= Some(timestamp) || (end_of_target.is_some() && store.timestamp(&link.target)?.is_none())
+    {
         // The target is gone, or was when a peer that did not know linked to it: no edge, but its mark on the source.
         store.touch(&link.source, timestamp)?;
-    } else {
-        store.add_edge(&link.source, &link.target, timestamp)?;
+        return Ok(Outcome::Applied);
     }
+    store.add_edge(&link.source, &link.target, current.max(timestamp))?;
     Ok(Outcome::Applied)
 }
 
@@ -107,6 +126,8 @@ pub struct Merged {
     pub nodes: Vec<Node>,
     /// The removals that were taken over.
     pub removals: Vec<Removal>,
+    /// Edges that were missing in nodes that were there as new already.
+    pub links: Vec<Link>,
     /// Whether this side holds something that the sender's state lacks, and should answer with its own.
     pub sender_lacks: bool,
 }
@@ -130,10 +151,11 @@ pub fn merge<S: Store>(
         }
     }
     let mut held = 0;
+    let mut taken = HashSet::new();
+    let mut completed = Vec::new();
     for node in &state.nodes {
         let timestamp = node.timestamp.capped(wall_ms);
-        let removed = store.removed(&node.id)?;
-        if removed >= Some(timestamp) {
+        if store.removed(&node.id)? >= Some(timestamp) {
             merged.sender_lacks = true;
             continue;
         }
@@ -141,15 +163,16 @@ pub fn merge<S: Store>(
             Some(current) if current >= timestamp => {
                 merged.sender_lacks |= current > timestamp;
                 held += 1;
+                if current == timestamp && !node.edges.is_empty() {
+                    completed.push(node);
+                }
             }
             current => {
                 if !accept(node) {
                     held += u64::from(current.is_some());
                     continue;
                 }
-                if removed.is_some() {
-                    store.set_removed(&node.id, None)?;
-                }
+                taken.insert(node.id.clone());
                 merged.nodes.push(Node { timestamp, ..node.clone() });
                 held += 1;
             }
@@ -161,15 +184,42 @@ pub fn merge<S: Store>(
         let mut edges = Vec::with_capacity(node.edges.len());
         let mut seen = HashSet::new();
         for target in std::mem::take(&mut node.edges) {
-            if store.removed(&target)?.is_none() && seen.insert(target.clone()) {
+            if !is_gone(store, &taken, &target, node.timestamp)? && seen.insert(target.clone()) {
                 edges.push(target);
             }
         }
         node.edges = edges;
         store.set_node(node)?;
     }
+    for node in completed {
+        let timestamp = node.timestamp.capped(wall_ms);
+        let known: HashSet<JsonString> = store.edges(&node.id)?.into_iter().collect();
+        for target in node.edges.iter().filter(|target| !known.contains(*target)) {
+            if !is_gone(store, &taken, target, timestamp)? && !store.has_edge(&node.id, target)? {
+                store.add_edge(&node.id, target, timestamp)?;
+                merged.links.push(Link {
+                    source: node.id.clone(),
+                    target: target.clone(),
+                    timestamp,
+                    extra: Vec::new(),
+                });
+            }
+        }
+    }
     merged.sender_lacks |= store.nodes()? > held;
     Ok(merged)
+}
+
+/// Whether an edge of a node as it was at `timestamp` must not be there: its target is gone, or was since. `taken` are
+/// nodes that are about to be stored.
+fn is_gone<S: Store>(
+    store: &mut S,
+    taken: &HashSet<JsonString>,
+    target: &JsonString,
+    timestamp: Hlc,
+) -> Result<bool, S::Error> {
+    let Some(end) = store.removed(target)? else { return Ok(false) };
+    Ok(end > timestamp || !(taken.contains(target) || store.timestamp(target)?.is_some()))
 }
 
 /// A graph in memory: a client's side in tests, and the measure that other stores are compared with.
@@ -231,6 +281,14 @@ impl Store for MemoryGraph {
         Ok(self.removals.get(id).copied())
     }
 
+    fn has_edge(&mut self, source: &JsonString, target: &JsonString) -> Result<bool, Self::Error> {
+        Ok(self.nodes.get(source).is_some_and(|node| node.edges.contains(target)))
+    }
+
+    fn edges(&mut self, id: &JsonString) -> Result<Vec<JsonString>, Self::Error> {
+        Ok(self.nodes.get(id).map(|node| node.edges.clone()).unwrap_or_default())
+    }
+
     fn nodes(&mut self) -> Result<u64, Self::Error> {
         Ok(u64::try_from(self.nodes.len()).unwrap_or(u64::MAX))
     }
@@ -278,11 +336,15 @@ impl Store for MemoryGraph {
         Ok(())
     }
 
-    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> Result<(), Self::Error> {
-        match timestamp {
-            Some(timestamp) => self.removals.insert(id.clone(), timestamp),
-            None => self.removals.remove(id),
-        };
+    fn drop_edges_to(&mut self, id: &JsonString, before: Hlc) -> Result<(), Self::Error> {
+        for node in self.nodes.values_mut().filter(|node| node.timestamp < before) {
+            node.edges.retain(|target| target != id);
+        }
+        Ok(())
+    }
+
+    fn set_removed(&mut self, id: &JsonString, timestamp: Hlc) -> Result<(), Self::Error> {
+        self.removals.insert(id.clone(), timestamp);
         Ok(())
     }
 }

@@ -61,10 +61,7 @@ fn replay(graph: &mut RoomGraph<'_>, kind: i64, text: &str, received_ms: u64) ->
         return Ok(());
     }
     match Node::parse(text) {
-        Ok(node) => {
-            graph.set_removed(&node.id, None)?;
-            graph.set_node(&node)
-        }
+        Ok(node) => graph.set_node(&node),
         Err(error) => {
             tracing::error!(%error, "a logged node is not one");
             Ok(())

@@ -99,6 +99,24 @@ impl RoomGraph<'_> {
         Ok(())
     }
 
+    /// The nodes with an edge to `target`.
+    fn sources_of(&self, target: &str) -> rusqlite::Result<Vec<String>> {
+        self.connection
+            .prepare_cached("SELECT source FROM edge WHERE room = ? AND target = ?")?
+            .query_map(params![self.state.id, target], |row| row.get(0))?
+            .collect()
+    }
+
+    fn drop_edge(&mut self, source: &str, target: &JsonString) -> rusqlite::Result<()> {
+        let before = self.edges_of(source)?;
+        let edges: Vec<JsonString> = before.iter().filter(|other| *other != target).cloned().collect();
+        self.write_edges(source, &before, &edges)?;
+        self.connection
+            .prepare_cached("DELETE FROM edge WHERE room = ? AND target = ? AND source = ?")?
+            .execute(params![self.state.id, target.as_printed(), source])?;
+        Ok(())
+    }
+
     fn forget_edges_from(&self, id: &str) -> rusqlite::Result<()> {
         let mut delete =
             self.connection.prepare_cached("DELETE FROM edge WHERE room = ? AND target = ? AND source = ?")?;
@@ -134,6 +152,16 @@ impl Store for RoomGraph<'_> {
 
     fn removed(&mut self, id: &JsonString) -> rusqlite::Result<Option<Hlc>> {
         self.timestamp_in("SELECT physical, logical FROM tombstone WHERE room = ? AND id = ?", id)
+    }
+
+    fn has_edge(&mut self, source: &JsonString, target: &JsonString) -> rusqlite::Result<bool> {
+        self.connection
+            .prepare_cached("SELECT 1 FROM edge WHERE room = ? AND target = ? AND source = ?")?
+            .exists(params![self.state.id, target.as_printed(), source.as_printed()])
+    }
+
+    fn edges(&mut self, id: &JsonString) -> rusqlite::Result<Vec<JsonString>> {
+        self.edges_of(id.as_printed())
     }
 
     fn nodes(&mut self) -> rusqlite::Result<u64> {
@@ -235,34 +263,28 @@ impl Store for RoomGraph<'_> {
             self.state.nodes -= 1;
             self.state.resize(before, 0);
         }
-        let sources: Vec<String> = self
-            .connection
-            .prepare_cached("SELECT source FROM edge WHERE room = ? AND target = ?")?
-            .query_map(params![self.state.id, id_text], |row| row.get(0))?
-            .collect::<Result<_, _>>()?;
-        for source in &sources {
-            let before = self.edges_of(source)?;
-            let edges: Vec<JsonString> = before.iter().filter(|target| *target != id).cloned().collect();
-            self.write_edges(source, &before, &edges)?;
+        for source in self.sources_of(id_text)? {
+            self.drop_edge(&source, id)?;
         }
-        self.connection
-            .prepare_cached("DELETE FROM edge WHERE room = ? AND target = ?")?
-            .execute(params![self.state.id, id_text])?;
         Ok(())
     }
 
-    fn set_removed(&mut self, id: &JsonString, timestamp: Option<Hlc>) -> rusqlite::Result<()> {
-        match timestamp {
-            Some(timestamp) => {
-                self.connection.prepare_cached("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?, ?)")?.execute(
-                    params![self.state.id, id.as_printed(), signed(timestamp.physical), signed(timestamp.logical)],
-                )?
+    fn drop_edges_to(&mut self, id: &JsonString, before: Hlc) -> rusqlite::Result<()> {
+        for source in self.sources_of(id.as_printed())? {
+            if self.timestamp(&JsonString::from_printed(source.clone()))? < Some(before) {
+                self.drop_edge(&source, id)?;
             }
-            None => self
-                .connection
-                .prepare_cached("DELETE FROM tombstone WHERE room = ? AND id = ?")?
-                .execute(params![self.state.id, id.as_printed()])?,
-        };
+        }
+        Ok(())
+    }
+
+    fn set_removed(&mut self, id: &JsonString, timestamp: Hlc) -> rusqlite::Result<()> {
+        self.connection.prepare_cached("INSERT OR REPLACE INTO tombstone VALUES (?, ?, ?, ?)")?.execute(params![
+            self.state.id,
+            id.as_printed(),
+            signed(timestamp.physical),
+            signed(timestamp.logical)
+        ])?;
         Ok(())
     }
 }

@@ -57,7 +57,7 @@ CREATE TABLE edge (                  -- node.edges the other way round
     source TEXT NOT NULL,
     PRIMARY KEY (room, target, source)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE tombstone (
+CREATE TABLE tombstone (             -- when a node was last removed, also when it has been made again since
     room INTEGER NOT NULL REFERENCES room,
     id TEXT NOT NULL,
     physical INTEGER NOT NULL,
