@@ -1,15 +1,15 @@
 //! The rules by which operations and states merge into a graph (wire §4), over any store of nodes.
 //!
-//! - A node is one register: of two versions the newer wins, value and edges together. Equal timestamps: the local side
-//!   stays.
+//! - A node is one register: of two versions the newer wins, value and edges together.
 //! - A removal is a tombstone that wins over every version that is not newer, and takes the edges to the node with it.
 //!   It is remembered even when the node is made again, so that nothing from before comes back.
 //! - Nothing on this wire takes an edge away but the removal of one of its ends. So a link that comes late, when its
-//!   source has changed since, still adds its edge; and of two versions of one moment, which differ in links that one
-//!   side has missed, the edges of both count. Whoever hears the same operations in another order, or some of them as
-//!   part of a state, holds the same graph in the end. (Two peers that write one node under the very same timestamp
-//!   are beyond that: the wire has nothing to tell which is to stay.)
+//!   source has changed since, still adds its edge; and of two versions of one moment the edges of both count.
+//! - Two versions of one moment may also differ in their value: when two peers stamped alike, or when a link marked
+//!   the node before an older value had come. Clients then keep what they have. Here the greater text wins, so that
+//!   those who follow these rules end with the same graph whatever came first, be it operations or states.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashSet};
 
 use crate::clock::Hlc;
@@ -30,8 +30,8 @@ pub trait Store {
     fn removed(&mut self, id: &JsonString) -> Result<Option<Hlc>, Self::Error>;
     /// Whether the node `source` has an edge to `target`.
     fn has_edge(&mut self, source: &JsonString, target: &JsonString) -> Result<bool, Self::Error>;
-    /// The edges of the node `id`; none when there is no such node.
-    fn edges(&mut self, id: &JsonString) -> Result<Vec<JsonString>, Self::Error>;
+    /// The node `id`, if there is one.
+    fn node(&mut self, id: &JsonString) -> Result<Option<Node>, Self::Error>;
     /// How many nodes there are.
     fn nodes(&mut self) -> Result<u64, Self::Error>;
     /// Sets value and timestamp of a node; edges stay as they were, none for a new one.
@@ -78,8 +78,11 @@ pub fn apply<S: Store>(store: &mut S, operation: &Operation, wall_ms: u64) -> Re
 
 fn apply_upsert<S: Store>(store: &mut S, upsert: &Upsert, timestamp: Hlc) -> Result<Outcome, S::Error> {
     let Some(value) = &upsert.value else { return Ok(Outcome::Incomplete) };
-    let removed = store.removed(&upsert.id)?;
-    if store.timestamp(&upsert.id)?.max(removed) >= Some(timestamp) {
+    let current = store.timestamp(&upsert.id)?;
+    if current > Some(timestamp) || store.removed(&upsert.id)? >= Some(timestamp) {
+        return Ok(Outcome::Superseded);
+    }
+    if current == Some(timestamp) && store.node(&upsert.id)?.is_some_and(|node| node.value.as_ref() >= Some(value)) {
         return Ok(Outcome::Superseded);
     }
     store.set_value(&upsert.id, value, timestamp)?;
@@ -90,7 +93,7 @@ fn apply_removal<S: Store>(store: &mut S, id: &JsonString, timestamp: Hlc) -> Re
     if store.removed(id)? >= Some(timestamp) {
         return Ok(Outcome::Superseded);
     }
-    if store.timestamp(id)? >= Some(timestamp) {
+    if store.timestamp(id)? > Some(timestamp) {
         // Made again since, as was heard before. What linked to it until then linked to what is gone.
         store.drop_edges_to(id, timestamp)?;
     } else {
@@ -122,12 +125,10 @@ fn apply_link<S: Store>(store: &mut S, link: &Link, timestamp: Hlc) -> Result<Ou
 /// What merging a full state did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Merged {
-    /// The nodes that were taken over.
+    /// The nodes that were taken over, or completed, as they are now.
     pub nodes: Vec<Node>,
     /// The removals that were taken over.
     pub removals: Vec<Removal>,
-    /// Edges that were missing in nodes that were there as new already.
-    pub links: Vec<Link>,
     /// Whether this side holds something that the sender's state lacks, and should answer with its own.
     pub sender_lacks: bool,
 }
@@ -160,11 +161,14 @@ pub fn merge<S: Store>(
             continue;
         }
         match store.timestamp(&node.id)? {
-            Some(current) if current >= timestamp => {
-                merged.sender_lacks |= current > timestamp;
+            Some(current) if current > timestamp => {
+                merged.sender_lacks = true;
                 held += 1;
-                if current == timestamp && !node.edges.is_empty() {
-                    completed.push(node);
+            }
+            Some(current) if current == timestamp => {
+                held += 1;
+                if let Some(ours) = store.node(&node.id)? {
+                    completed.push((ours, node));
                 }
             }
             current => {
@@ -191,19 +195,29 @@ pub fn merge<S: Store>(
         node.edges = edges;
         store.set_node(node)?;
     }
-    for node in completed {
-        let timestamp = node.timestamp.capped(wall_ms);
-        let known: HashSet<JsonString> = store.edges(&node.id)?.into_iter().collect();
-        for target in node.edges.iter().filter(|target| !known.contains(*target)) {
-            if !is_gone(store, &taken, target, timestamp)? && !store.has_edge(&node.id, target)? {
-                store.add_edge(&node.id, target, timestamp)?;
-                merged.links.push(Link {
-                    source: node.id.clone(),
-                    target: target.clone(),
-                    timestamp,
-                    extra: Vec::new(),
-                });
+    for (mut ours, theirs) in completed {
+        if ours.edges == theirs.edges && ours.value == theirs.value && ours.extra == theirs.extra {
+            continue;
+        }
+        let known: HashSet<&JsonString> = ours.edges.iter().collect();
+        let mut missed = Vec::new();
+        for target in theirs.edges.iter().filter(|target| !known.contains(target)) {
+            if !is_gone(store, &taken, target, ours.timestamp)? && !missed.contains(target) {
+                missed.push(target.clone());
             }
+        }
+        let order = (&theirs.value, &theirs.extra).cmp(&(&ours.value, &ours.extra));
+        let theirs_is_greater = order == Ordering::Greater;
+        let told: HashSet<&JsonString> = theirs.edges.iter().collect();
+        let theirs_has_all = ours.edges.iter().all(|target| told.contains(target));
+        merged.sender_lacks |= order == Ordering::Less || !theirs_has_all;
+        if (theirs_is_greater || !missed.is_empty()) && accept(theirs) {
+            ours.edges.append(&mut missed);
+            if theirs_is_greater {
+                (ours.value, ours.extra) = (theirs.value.clone(), theirs.extra.clone());
+            }
+            store.set_node(&ours)?;
+            merged.nodes.push(ours);
         }
     }
     merged.sender_lacks |= store.nodes()? > held;
@@ -285,8 +299,8 @@ impl Store for MemoryGraph {
         Ok(self.nodes.get(source).is_some_and(|node| node.edges.contains(target)))
     }
 
-    fn edges(&mut self, id: &JsonString) -> Result<Vec<JsonString>, Self::Error> {
-        Ok(self.nodes.get(id).map(|node| node.edges.clone()).unwrap_or_default())
+    fn node(&mut self, id: &JsonString) -> Result<Option<Node>, Self::Error> {
+        Ok(self.nodes.get(id).cloned())
     }
 
     fn nodes(&mut self) -> Result<u64, Self::Error> {

@@ -26,7 +26,9 @@ pub enum JsonError {
 }
 
 /// Any JSON value, as the text that JavaScript would print for it.
-#[derive(Clone, PartialEq, Eq, Hash)]
+///
+/// Values order by that text, which means nothing but that all agree on it.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Json(Box<str>);
 
 impl Json {

@@ -9,6 +9,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genosdb::cells::{HashedId, cell_count};
@@ -67,11 +68,11 @@ pub(crate) struct IdChange {
 #[derive(Debug)]
 pub(crate) struct Cells {
     config: CellsConfig,
-    /// The id that all others are made from.
-    base: PeerId,
+    /// The id that all others are made from; `None` where ids are given, and stay.
+    base: Option<PeerId>,
     /// The ids that the seed goes by: with [`Bridge::Every`] that of each cell, else one.
     ours: Vec<PeerId>,
-    topology: Topology,
+    topology: Arc<Topology>,
     sealed: Option<Instant>,
     repicked: Option<Instant>,
     /// When ids are to be looked for that a seal left out.
@@ -92,9 +93,9 @@ impl Cells {
         };
         Self {
             config,
-            base,
+            base: Some(base),
             ours: vec![id],
-            topology: Topology::new(&[id], config.cell_size),
+            topology: Arc::new(Topology::new(&[id], config.cell_size)),
             sealed: None,
             repicked: None,
             unfinished: None,
@@ -134,11 +135,12 @@ impl Cells {
         let before = self.ours.clone();
         let others: Vec<PeerId> = roster.iter().filter(|peer| !self.ours.contains(peer)).collect();
         self.unfinished = None;
-        match self.config.bridge {
-            Bridge::Every => self.pick_for_every_cell(&others, now),
-            Bridge::One | Bridge::Off => self.pick_one(&others, now),
+        match (self.base, self.config.bridge) {
+            (None, _) => {}
+            (Some(base), Bridge::Every) => self.pick_for_every_cell(base, &others, now),
+            (Some(base), Bridge::One | Bridge::Off) => self.pick_one(base, &others, now),
         }
-        self.topology = self.topology_with(&others);
+        self.topology = Arc::new(self.topology_with(&others));
         self.sealed = Some(now);
         let added = self.ours.iter().filter(|id| !before.contains(id)).copied().collect();
         let dropped = before.into_iter().filter(|id| !self.ours.contains(id)).collect();
@@ -151,7 +153,7 @@ impl Cells {
 
     /// Takes another id when the one we have is not what it should be: the room has grown beyond what was likely, or
     /// somebody has a better one.
-    fn pick_one(&mut self, others: &[PeerId], now: Instant) {
+    fn pick_one(&mut self, base: PeerId, others: &[PeerId], now: Instant) {
         let topology = self.topology_with(others);
         let (us, count) = (self.ours[0], cell_count(others.len() + 1, self.config.cell_size));
         let alone = topology.cell_of(&us).is_none_or(|cell| topology.members(cell).len() < 2);
@@ -164,14 +166,14 @@ impl Cells {
         }
         let election = Election::expected(likely(count)).held_among(others, 1, self.config.cell_size);
         self.ours[0] = match self.config.bridge {
-            Bridge::Off => election.member(self.base),
-            Bridge::One | Bridge::Every => election.bridge(self.base),
+            Bridge::Off => election.member(base),
+            Bridge::One | Bridge::Every => election.bridge(base),
         };
         self.repicked = Some(now);
     }
 
     /// Has one id for each cell, each the bridge of its own. The ids count as members: of every cell, one is ours.
-    fn pick_for_every_cell(&mut self, others: &[PeerId], now: Instant) {
+    fn pick_for_every_cell(&mut self, base: PeerId, others: &[PeerId], now: Instant) {
         let per_cell = self.config.cell_size.saturating_sub(1).max(1);
         let needed = |others: usize| cell_count(others, per_cell).min(MAX_IDS) as usize;
         let count = needed(others.len());
@@ -202,7 +204,7 @@ impl Cells {
             let election = election.get_or_insert_with(|| {
                 Election::expected(likely(total)).held_among(others, count, self.config.cell_size)
             });
-            let id = election.bridge_of(cell, self.base);
+            let id = election.bridge_of(cell, base);
             match self.ours.get_mut(index) {
                 Some(us) => *us = id,
                 None => self.ours.push(id),
@@ -328,3 +330,6 @@ impl Seen {
         true
     }
 }
+
+#[cfg(test)]
+mod simulation;

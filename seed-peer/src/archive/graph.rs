@@ -1,7 +1,7 @@
 //! One room's graph in the archive, as the merge rules see it.
 
 use genosdb::json::{self, Json, JsonString};
-use genosdb::operation::Node;
+use genosdb::operation::{Extra, Node};
 use genosdb::{Hlc, Store};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
@@ -143,6 +143,14 @@ fn print_extra(node: &Node) -> String {
     printed.join(",")
 }
 
+/// The members of an `extra` column, which [`print_extra`] printed.
+fn parse_extra(text: &str) -> Extra {
+    if text.is_empty() {
+        return Vec::new();
+    }
+    json::Members::parse(&format!("{{{text}}}")).and_then(json::Members::rest).unwrap_or_default()
+}
+
 impl Store for RoomGraph<'_> {
     type Error = rusqlite::Error;
 
@@ -160,8 +168,19 @@ impl Store for RoomGraph<'_> {
             .exists(params![self.state.id, target.as_printed(), source.as_printed()])
     }
 
-    fn edges(&mut self, id: &JsonString) -> rusqlite::Result<Vec<JsonString>> {
-        self.edges_of(id.as_printed())
+    fn node(&mut self, id: &JsonString) -> rusqlite::Result<Option<Node>> {
+        self.connection
+            .prepare_cached("SELECT value, edges, extra, physical, logical FROM node WHERE room = ? AND id = ?")?
+            .query_row(params![self.state.id, id.as_printed()], |row| {
+                Ok(Node {
+                    id: id.clone(),
+                    value: row.get::<_, Option<String>>(0)?.map(Json::from_printed),
+                    edges: parse_edges(row.get_ref(1)?.as_str()?),
+                    timestamp: Hlc::new(unsigned(row.get(3)?), unsigned(row.get(4)?)),
+                    extra: parse_extra(row.get_ref(2)?.as_str()?),
+                })
+            })
+            .optional()
     }
 
     fn nodes(&mut self) -> rusqlite::Result<u64> {

@@ -376,10 +376,7 @@ impl Writer {
             node.print(&mut text);
             self.log(state, 1, &text, wall_ms)?;
         }
-        for link in &merged.links {
-            self.log(state, 0, &Operation::Link(link.clone()).to_string(), wall_ms)?;
-        }
-        let applied = merged.nodes.len() + merged.removals.len() + merged.links.len();
+        let applied = merged.nodes.len() + merged.removals.len();
         self.metrics.operations.with_label_values(&["applied"]).inc_by(u64::try_from(applied).unwrap_or(u64::MAX));
         self.metrics.operations.with_label_values(&["too_large"]).inc_by(refused);
         Ok(merged.sender_lacks)
