@@ -1,9 +1,11 @@
 //! Homeport: the always-on half of browser peer-to-peer apps.
 
+mod admin;
 mod client_config;
 mod coturn;
 mod healthcheck;
 mod logging;
+mod rooms;
 mod run;
 mod settings;
 mod summary;
@@ -35,6 +37,8 @@ enum Command {
     Turn(TurnArgs),
     /// Run the seed peer alone, through the relays of seed.relays
     Seed(RunArgs),
+    /// See and change the rooms of the homeport that runs on this machine, without a restart
+    Rooms(rooms::RoomsArgs),
     /// Ask a running homeport on this machine how it is; exit code 0 when it answers, for containers
     Healthcheck(HealthcheckArgs),
 }
@@ -84,6 +88,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (services, args) = match cli.command {
         Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
+        Command::Rooms(args) => return exit_code(rooms::run(args)),
         Command::Up(args) => (run::Services::ALL, args),
         Command::Relay(args) => (run::Services { relay: true, ..run::Services::NONE }, args),
         Command::Turn(TurnArgs { command: Some(TurnCommand::Import { file }), .. }) => {

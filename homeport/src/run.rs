@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use service::{MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
 use crate::settings::{OneOrMany, Settings};
 use crate::summary::{Summary, TurnSummary};
@@ -82,12 +83,23 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         let own_relay = relay.as_ref().map(|relay| own_url(relay.address()));
         let server = seed_peer::Server::bind(settings.seed(own_relay, relay_key).await?)?;
         summary.seed = Some((server.address(), settings.seed.data.clone()));
-        summary.rooms = settings.seed.room.iter().map(|room| room.name.clone()).collect();
+        let rooms = server.rooms().list().await?;
+        if let Some(relay) = &relay {
+            // Those that were added while an earlier process ran.
+            rooms.iter().for_each(|room| relay.served_rooms().set(&room.name, true));
+        }
+        summary.rooms = rooms.into_iter().filter(|room| !room.paused).map(|room| room.name).collect();
         telemetry.push(server.telemetry().clone());
         Some(server)
     } else {
         None
     };
+    let admin = seed.as_ref().and_then(|seed| {
+        let served = relay.as_ref().map(relay::Server::served_rooms);
+        AdminSocket::bind(&settings.seed.data, seed.rooms().clone(), served)
+            .inspect_err(|error| tracing::warn!(%error, "no admin socket in seed.data: homeport rooms cannot be used"))
+            .ok()
+    });
     let metrics = MetricsServer::bind(settings.metrics.listen, telemetry)?;
     summary.metrics = Some(metrics.address());
     let mut out = std::io::stdout();
@@ -107,6 +119,9 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
     let stopping = async {
+        if let Some(admin) = admin {
+            admin.close();
+        }
         // The seed says goodbye through the relay: it goes first.
         if let Some(seed) = seed {
             seed.shutdown().await;

@@ -191,3 +191,46 @@ fn the_settings_of_coturn_are_printed_as_ours_and_what_is_left_out_is_named() {
     assert!(stdout.contains("listen = \"[::]:3479\"") && stdout.contains("alice = \"pass\""), "{stdout}");
     assert!(stderr.contains("mobility"), "{stderr}");
 }
+
+/// What `homeport rooms` prints; its exit code must be `success`.
+fn rooms(folder: &Path, arguments: &[&str], success: bool) -> String {
+    let Output { status, stdout, stderr } = homeport(folder, "rooms").args(arguments).output().unwrap();
+    let text = String::from_utf8(stdout).unwrap() + &String::from_utf8(stderr).unwrap();
+    assert_eq!(status.success(), success, "{arguments:?}: {text}");
+    text
+}
+
+#[test]
+fn rooms_come_and_go_without_a_restart_and_are_remembered() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(rooms(folder.path(), &["list"], false).contains("no homeport with a seed runs"));
+    let up = || {
+        let mut command = homeport(folder.path(), "up");
+        command.args(["--room", "fixed"]).env("HOMEPORT_RELAY__ADMISSION", "rooms");
+        started(command)
+    };
+    let (mut child, _) = up();
+    std::fs::write(folder.path().join("password"), "pw1\n").unwrap();
+    rooms(folder.path(), &["add", "guarded", "--password-file", "password"], true);
+    rooms(folder.path(), &["add", "crowd", "--cell-size", "5", "--bridge", "every"], true);
+    rooms(folder.path(), &["pause", "crowd"], true);
+    assert!(rooms(folder.path(), &["add", "crowd"], false).contains("there already"));
+    assert!(rooms(folder.path(), &["add", "x", "--cell-size", "0"], false).contains("at least one member"));
+    assert!(rooms(folder.path(), &["remove", "fixed"], false).contains("take it out there"));
+    assert!(rooms(folder.path(), &["resume", "nobody"], false).contains("no such room"));
+    let list = rooms(folder.path(), &["list"], true);
+    assert!(list.contains("guarded  full mesh") && list.contains("crowd    paused"), "{list}");
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
+
+    let (mut child, summary) = up();
+    assert!(summary.contains("guarded") && !summary.contains("crowd"), "{summary}");
+    rooms(folder.path(), &["resume", "crowd"], true);
+    assert!(rooms(folder.path(), &["show", "crowd"], true).contains("1 cells, 0 bridged"));
+    rooms(folder.path(), &["remove", "guarded"], true);
+    let json: serde_json::Value = serde_json::from_str(&rooms(folder.path(), &["list", "--json"], true)).unwrap();
+    let names: Vec<&str> = json.as_array().unwrap().iter().map(|room| room["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["crowd", "fixed"]);
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
+}

@@ -1,7 +1,7 @@
 //! Whom the relay serves: everybody, the rooms of its owner, or the keys on a list.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use genosdb::{Room, Signal};
@@ -52,6 +52,13 @@ impl Gate {
             Admission::Open => Self::Open,
             Admission::Rooms(databases) => Self::Rooms(RoomGate::new(&databases)),
             Admission::Auth(keys) => Self::Auth(keys),
+        }
+    }
+
+    /// Serves the rooms of a database from now on, or no longer. Means nothing unless rooms are what is served.
+    pub(crate) fn set_served(&self, database: &str, served: bool) {
+        if let Self::Rooms(rooms) = self {
+            rooms.set_served(database, served);
         }
     }
 
@@ -130,20 +137,34 @@ pub(crate) fn host_of(url: &str) -> Option<&str> {
 /// Serves configured rooms: their root topics, and the own topics of the peers that announced themselves there.
 #[derive(Debug)]
 pub(crate) struct RoomGate {
-    roots: HashMap<String, Room>,
+    /// By root topic.
+    roots: RwLock<HashMap<String, Room>>,
     learned: Mutex<HashMap<String, Instant>>,
 }
 
 impl RoomGate {
     fn new(databases: &[String]) -> Self {
-        let rooms = databases.iter().flat_map(|name| [Room::graph_sync(name), Room::app_sync(name)]);
-        let roots = rooms.map(|room| (room.root_topic().as_str().to_owned(), room)).collect();
-        Self { roots, learned: Mutex::default() }
+        let gate = Self { roots: RwLock::default(), learned: Mutex::default() };
+        databases.iter().for_each(|name| gate.set_served(name, true));
+        gate
+    }
+
+    fn set_served(&self, database: &str, served: bool) {
+        let mut roots = self.roots.write().unwrap_or_else(PoisonError::into_inner);
+        for room in [Room::graph_sync(database), Room::app_sync(database)] {
+            let root = room.root_topic().as_str().to_owned();
+            if served {
+                roots.insert(root, room);
+            } else {
+                roots.remove(&root);
+            }
+        }
     }
 
     fn serves(&self, event: &Event<'_>, now: Instant) -> bool {
         let topics = || event.letter_tags().filter(|(letter, _)| *letter == b'x').map(|(_, topic)| topic);
-        if topics().any(|topic| self.roots.contains_key(topic)) {
+        let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+        if topics().any(|topic| roots.contains_key(topic)) {
             return true;
         }
         let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
@@ -153,7 +174,8 @@ impl RoomGate {
     fn learn(&self, event: &Event<'_>, now: Instant) {
         let Some(Signal::Announce { peer }) = Signal::parse(&event.content) else { return };
         for (_, topic) in event.letter_tags().filter(|(letter, _)| *letter == b'x') {
-            let Some(room) = self.roots.get(topic) else { continue };
+            let roots = self.roots.read().unwrap_or_else(PoisonError::into_inner);
+            let Some(room) = roots.get(topic) else { continue };
             let own = room.self_topic(&peer);
             let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
             if learned.len() >= MAX_LEARNED {
@@ -197,6 +219,10 @@ mod tests {
         assert_eq!(gate.admits_event(&event(elsewhere.as_str(), &announce), now), blocked);
         assert_eq!(gate.admits_event(&event(own.as_str(), "{}"), now), blocked);
         assert_eq!(gate.admits_event(&event(root.as_str(), &announce), now), Ok(()));
+        gate.set_served("other", true);
+        assert_eq!(gate.admits_event(&event(elsewhere.as_str(), &announce), now), Ok(()));
+        gate.set_served("other", false);
+        assert_eq!(gate.admits_event(&event(elsewhere.as_str(), &announce), now), blocked);
         // An announce elsewhere teaches nothing.
         gate.learn(&event(elsewhere.as_str(), &announce), now);
         assert_eq!(gate.admits_event(&event(own.as_str(), "{}"), now), blocked);

@@ -122,6 +122,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Server {
     address: SocketAddr,
+    relay: Arc<Relay>,
     telemetry: Telemetry,
     stop: CancellationToken,
     connections: TaskTracker,
@@ -165,8 +166,11 @@ impl Server {
             connections: connections.clone(),
         });
         tokio::spawn(tidy(Arc::clone(&relay.addresses), stop.clone()));
-        let router =
-            Router::new().route("/", get(root)).route("/healthz", get(healthz)).with_state(relay).merge(config.routes);
+        let router = Router::new()
+            .route("/", get(root))
+            .route("/healthz", get(healthz))
+            .with_state(Arc::clone(&relay))
+            .merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
         // A small message must not wait for the acknowledgement of the one before it.
@@ -177,7 +181,7 @@ impl Server {
         });
         let task = tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await });
         telemetry.health.set("relay", service::State::Ok);
-        Ok(Self { address, telemetry, stop, connections, task })
+        Ok(Self { address, relay, telemetry, stop, connections, task })
     }
 
     /// The address in use, with the port that the system chose when it was 0.
@@ -195,6 +199,11 @@ impl Server {
         &self.telemetry.health
     }
 
+    /// The rooms that are served, to be changed while the relay runs.
+    pub fn served_rooms(&self) -> ServedRooms {
+        ServedRooms(Arc::clone(&self.relay))
+    }
+
     /// Stops accepting, tells every client that it may reconnect elsewhere (1012), and ends within about half a second.
     pub async fn shutdown(self) {
         self.stop.cancel();
@@ -208,6 +217,17 @@ impl Server {
             Err(error) if error.is_panic() => tracing::error!("the relay's listener had panicked"),
             _ => {}
         }
+    }
+}
+
+/// A handle on the rooms that a relay serves with [`Admission::Rooms`]; any other relay serves all.
+#[derive(Debug, Clone)]
+pub struct ServedRooms(Arc<Relay>);
+
+impl ServedRooms {
+    /// Serves the rooms of a database from now on, or no longer.
+    pub fn set(&self, database: &str, served: bool) {
+        self.0.gate.set_served(database, served);
     }
 }
 

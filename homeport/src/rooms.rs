@@ -1,0 +1,206 @@
+//! `homeport rooms`: what rooms a running seed is in, and how that changes without a restart.
+
+use std::io::Read as _;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Subcommand};
+use seed_peer::{Bridge, RoomStatus, Source};
+
+use crate::admin::{self, Request, Response};
+use crate::settings::{self, CellsSettings};
+
+#[derive(Debug, Args)]
+pub(crate) struct RoomsArgs {
+    #[command(subcommand)]
+    command: RoomsCommand,
+    /// The settings file; without it, homeport.toml in this folder if it is there
+    #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG", global = true)]
+    config: Option<PathBuf>,
+    /// The data folder of the running homeport (setting seed.data)
+    #[arg(long, value_name = "DIR", env = "HOMEPORT_DATA", global = true)]
+    data: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum RoomsCommand {
+    /// List the rooms
+    List {
+        /// As JSON, for programs
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one room
+    Show {
+        /// The database's name
+        name: String,
+    },
+    /// Join a room, now and after restarts
+    Add {
+        /// The database's name
+        name: String,
+        /// Read the room's password from this file; - is standard input
+        #[arg(long, value_name = "FILE")]
+        password_file: Option<PathBuf>,
+        /// The room is in cells, of about so many peers, as the app's rtc.cells says
+        #[arg(long, value_name = "PEERS")]
+        cell_size: Option<usize>,
+        /// What the seed is to the cells: one, every or off
+        #[arg(long, value_name = "WHICH", requires = "cell_size", value_parser = parse_bridge)]
+        bridge: Option<Bridge>,
+    },
+    /// Leave a room for now; what is archived stays
+    Pause {
+        /// The database's name
+        name: String,
+    },
+    /// Join a paused room again
+    Resume {
+        /// The database's name
+        name: String,
+    },
+    /// Leave a room that was added; what is archived stays, and is there again when the room is
+    Remove {
+        /// The database's name
+        name: String,
+    },
+}
+
+fn parse_bridge(text: &str) -> Result<Bridge, String> {
+    match text {
+        "one" => Ok(Bridge::One),
+        "every" => Ok(Bridge::Every),
+        "off" => Ok(Bridge::Off),
+        _ => Err("it is one, every or off".into()),
+    }
+}
+
+/// Does what the command line says.
+pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
+    let settings = settings::load(args.config.as_deref(), args.data.as_deref(), &[])?;
+    let data = &settings.seed.data;
+    let list = || match admin::ask(data, &Request::List)? {
+        Response::Rooms { rooms } => Ok(rooms),
+        other => bail!("an answer to something else: {other:?}"),
+    };
+    let request = match args.command {
+        RoomsCommand::List { json: true } => {
+            println!("{}", serde_json::to_string_pretty(&list()?)?);
+            return Ok(());
+        }
+        RoomsCommand::List { json: false } => {
+            print!("{}", table(&list()?));
+            return Ok(());
+        }
+        RoomsCommand::Show { name } => {
+            let rooms = list()?;
+            let room = rooms.iter().find(|room| room.name == name).context("there is no such room")?;
+            print!("{}", details(room));
+            return Ok(());
+        }
+        RoomsCommand::Add { name, password_file, cell_size, bridge } => {
+            let password = password_file.as_ref().map(read_password).transpose()?.unwrap_or_default();
+            let cells = cell_size.map(|cell_size| CellsSettings { cell_size, bridge: bridge.unwrap_or_default() });
+            Request::Add { name, password, cells }
+        }
+        RoomsCommand::Pause { name } => Request::Pause { name },
+        RoomsCommand::Resume { name } => Request::Resume { name },
+        RoomsCommand::Remove { name } => Request::Remove { name },
+    };
+    match admin::ask(data, &request)? {
+        Response::Refused { reason } => bail!("{reason}"),
+        Response::Done | Response::Rooms { .. } => Ok(()),
+    }
+}
+
+/// The first line of a file: on a command line, everybody could read it.
+fn read_password(file: &PathBuf) -> anyhow::Result<String> {
+    let mut text = String::new();
+    if file.as_os_str() == "-" {
+        std::io::stdin().read_to_string(&mut text)?;
+    } else {
+        text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    }
+    let password = text.lines().next().unwrap_or_default();
+    if password.is_empty() {
+        bail!("{} holds no password", file.display());
+    }
+    Ok(password.to_owned())
+}
+
+fn state(room: &RoomStatus) -> String {
+    match (room.paused, room.cells, room.bridged_cells) {
+        (true, ..) => "paused".into(),
+        (false, Some(cells), Some(bridged)) => format!("{cells} cells, {bridged} bridged"),
+        (false, ..) => "full mesh".into(),
+    }
+}
+
+/// The rooms as a person reads them.
+fn table(rooms: &[RoomStatus]) -> String {
+    let mut rows = vec![["ROOM", "STATE", "PRESENT", "LINKS", "NODES", "OPERATIONS"].map(str::to_owned)];
+    rows.extend(rooms.iter().map(|room| {
+        [
+            room.name.escape_debug().to_string(),
+            state(room),
+            room.peers.to_string(),
+            room.links.to_string(),
+            room.nodes.to_string(),
+            room.logged_operations.to_string(),
+        ]
+    }));
+    let widths: Vec<usize> =
+        (0..6).map(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0)).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+/// One room as a person reads it.
+fn details(room: &RoomStatus) -> String {
+    let source = match room.source {
+        Source::Settings => "the settings",
+        Source::Added => "homeport rooms add",
+    };
+    format!(
+        "{}\n  from        {source}\n  state       {}\n  present     {}\n  links       {}\n  nodes       {}\n  operations  {}\n",
+        room.name.escape_debug(),
+        state(room),
+        room.peers,
+        room.links,
+        room.nodes,
+        room.logged_operations
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rooms_are_listed_in_columns() {
+        let room = |name: &str, cells, paused| RoomStatus {
+            name: name.into(),
+            source: Source::Settings,
+            paused,
+            peers: 12,
+            links: 24,
+            cells,
+            bridged_cells: cells.map(|_| 1),
+            nodes: 1_000,
+            logged_operations: 20_000,
+        };
+        let rooms = [room("a", Some(4), false), room("longer\u{1b}[31m", None, false), room("c", None, true)];
+        assert_eq!(
+            table(&rooms),
+            "ROOM              STATE               PRESENT  LINKS  NODES  OPERATIONS\n\
+             a                 4 cells, 1 bridged  12       24     1000   20000\n\
+             longer\\u{1b}[31m  full mesh           12       24     1000   20000\n\
+             c                 paused              12       24     1000   20000\n"
+        );
+    }
+}
