@@ -2,7 +2,7 @@
 //! browser client does: announces, dials and answers, asks for what it lacks, keeps a graph.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures_util::{SinkExt as _, StreamExt as _};
@@ -50,6 +50,9 @@ pub(crate) struct View {
     pub(crate) ponged: Vec<PeerId>,
 }
 
+/// Nodes that were written, and when the other side's transport had them.
+pub(crate) type Acknowledged = Arc<Mutex<Vec<(String, Instant)>>>;
+
 enum Command {
     Write(String),
     Send(Vec<u8>),
@@ -63,6 +66,12 @@ enum Command {
     Stutter,
     /// Take itself for a bridge and for one of another cell.
     Lie,
+    /// Have nothing to do with anybody but the seed.
+    KeepToTheSeed,
+    /// Have a clock that is off by so many milliseconds.
+    Skew(i64),
+    /// Write a node every few milliseconds, and take note of when the other side has got it.
+    Pump(Acknowledged),
     Leave,
 }
 
@@ -117,6 +126,10 @@ impl Client {
             relay: relay.to_owned(),
             clock: Clock::starting_at(graph.latest().unwrap_or_default()),
             views,
+            skew_ms: 0,
+            keeps_to_the_seed: false,
+            pump: None,
+            pumped: Vec::new(),
             view: View { graph, ..View::default() },
             links: HashMap::new(),
             log: Vec::new(),
@@ -153,6 +166,23 @@ impl Client {
     /// From now on sends every frame over cells twice, and passes on in another order.
     pub(crate) fn stutter(&self) {
         self.commands.send(Command::Stutter).unwrap();
+    }
+
+    /// From now on has nothing to do with anybody but the seed, whose ids start with `z`.
+    pub(crate) fn keep_to_the_seed(&self) {
+        self.commands.send(Command::KeepToTheSeed).unwrap();
+    }
+
+    /// From now on has a clock that is off by so many milliseconds.
+    pub(crate) fn skew(&self, ms: i64) {
+        self.commands.send(Command::Skew(ms)).unwrap();
+    }
+
+    /// From now on writes a node every few milliseconds, called after `self`'s id and a number.
+    pub(crate) fn pump(&self) -> Acknowledged {
+        let acknowledged = Acknowledged::default();
+        self.commands.send(Command::Pump(Arc::clone(&acknowledged))).unwrap();
+        acknowledged
     }
 
     /// From now on acts as a bridge that it is not, and says that it is in another cell.
@@ -270,6 +300,11 @@ struct Peer {
     room: Room,
     cells: Option<CellsPeer>,
     relay: String,
+    skew_ms: i64,
+    keeps_to_the_seed: bool,
+    pump: Option<Acknowledged>,
+    /// What was pumped and not acknowledged yet.
+    pumped: Vec<String>,
     clock: Clock,
     views: watch::Sender<View>,
     view: View,
@@ -292,21 +327,13 @@ impl Peer {
         }
         let (event_sender, mut events) = mpsc::unbounded_channel();
         let mut announce = tokio::time::interval(Duration::from_millis(2_500));
+        let mut pump = tokio::time::interval(Duration::from_millis(4));
         let mut look = tokio::time::interval(Duration::from_millis(200));
         loop {
             let mut out: Vec<(genosdb::Topic, Signal)> = Vec::new();
             tokio::select! {
-                _ = announce.tick() => out.push((root.clone(), Signal::Announce { peer: self.id })),
-                message = socket.next() => {
-                    let Some(Ok(message)) = message else { return };
-                    let Frames::Text(text) = message else { continue };
-                    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
-                    if value[0] == "EVENT" && let Some(signal) = Signal::parse(value[2]["content"].as_str().unwrap()) {
-                        out.extend(self.hear(signal, &event_sender).await);
-                    }
-                }
-                _ = look.tick(), if self.cells.is_some() => out.extend(self.look_at_cells(&event_sender).await),
-                Some(event) = events.recv() => self.handle(event).await,
+                // What a test wants comes first.
+                biased;
                 command = commands.recv() => match command {
                     Some(Command::Write(script)) => self.write(&script).await,
                     Some(Command::Send(bytes)) => for link in self.links.values() {
@@ -328,6 +355,9 @@ impl Peer {
                         self.send_to_cells(&envelope, None).await;
                     }
                     Some(Command::Stutter) => self.cells.as_mut().unwrap().stutters = true,
+                    Some(Command::KeepToTheSeed) => self.keeps_to_the_seed = true,
+                    Some(Command::Skew(ms)) => self.skew_ms = ms,
+                    Some(Command::Pump(acknowledged)) => self.pump = Some(acknowledged),
                     Some(Command::Lie) => self.cells.as_mut().unwrap().lies = true,
                     Some(Command::Leave) | None => {
                         socket.send(sign(&keys, &root, &Signal::Bye { peer: self.id })).await.unwrap();
@@ -338,7 +368,19 @@ impl Peer {
                         }
                         return;
                     }
+                },
+                _ = announce.tick() => out.push((root.clone(), Signal::Announce { peer: self.id })),
+                message = socket.next() => {
+                    let Some(Ok(message)) = message else { return };
+                    let Frames::Text(text) = message else { continue };
+                    let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+                    if value[0] == "EVENT" && let Some(signal) = Signal::parse(value[2]["content"].as_str().unwrap()) {
+                        out.extend(self.hear(signal, &event_sender).await);
+                    }
                 }
+                _ = pump.tick(), if self.pump.is_some() => self.pump_on().await,
+                _ = look.tick(), if self.cells.is_some() => out.extend(self.look_at_cells(&event_sender).await),
+                Some(event) = events.recv() => self.handle(event).await,
             }
             for (topic, signal) in out {
                 if socket.send(sign(&keys, &topic, &signal)).await.is_err() {
@@ -355,7 +397,7 @@ impl Peer {
         events: &mpsc::UnboundedSender<Event>,
     ) -> Option<(genosdb::Topic, Signal)> {
         let peer = signal.peer();
-        if peer == self.id {
+        if peer == self.id || (self.keeps_to_the_seed && !peer.as_str().starts_with('z')) {
             return None;
         }
         let topic = self.room.self_topic(&peer);
@@ -522,7 +564,7 @@ impl Peer {
                 None => envelope.data.to_string(),
             }),
             Letter::Ping { id, target } if target == self.id => {
-                let data = format!(r#"{{"pingId":{id},"receivedAt":{}}}"#, wall_ms());
+                let data = format!(r#"{{"pingId":{id},"receivedAt":{}}}"#, self.wall_ms());
                 let pong = self.cells.as_mut().unwrap().envelope("pong", &data);
                 self.send_to_cells(&pong, None).await;
             }
@@ -604,18 +646,18 @@ impl Peer {
                 }
                 Operation::DeltaSync(delta) => {
                     for operation in &delta.operations {
-                        self.view.graph.apply(operation, wall_ms());
+                        self.view.graph.apply(operation, self.wall_ms());
                     }
                 }
                 Operation::FullStateSync(state) => {
-                    if self.view.graph.merge(&state, wall_ms()).sender_lacks {
+                    if self.view.graph.merge(&state, self.wall_ms()).sender_lacks {
                         let answer = Operation::FullStateSync(self.view.graph.full_state());
                         self.broadcast(&[answer]).await;
                     }
                 }
                 change => {
-                    self.clock.receive(timestamp_of(&change), wall_ms());
-                    self.view.graph.apply(&change, wall_ms());
+                    self.clock.receive(timestamp_of(&change), self.wall_ms());
+                    self.view.graph.apply(&change, self.wall_ms());
                 }
             }
         }
@@ -624,7 +666,7 @@ impl Peer {
     async fn write(&mut self, script: &str) {
         let mut operations = Vec::new();
         for line in script.lines().filter(|line| !line.trim().is_empty()) {
-            let at = self.clock.now(wall_ms());
+            let at = self.clock.now(self.wall_ms());
             let at = format!(r#"{{"physical":{},"logical":{}}}"#, at.physical, at.logical);
             let words: Vec<&str> = line.trim().splitn(3, ' ').collect();
             let text = match words.as_slice() {
@@ -636,12 +678,34 @@ impl Peer {
                 other => panic!("{other:?}"),
             };
             let operation = Operation::parse(&text, &mut 0).unwrap();
-            self.view.graph.apply(&operation, wall_ms());
+            self.view.graph.apply(&operation, self.wall_ms());
             operations.push(operation);
         }
         self.log.extend(operations.iter().cloned());
         self.log.drain(..self.log.len().saturating_sub(200));
         self.broadcast(&operations).await;
+    }
+
+    fn wall_ms(&self) -> u64 {
+        wall_ms().saturating_add_signed(self.skew_ms)
+    }
+
+    /// Writes one more node, and sees what has got through.
+    async fn pump_on(&mut self) {
+        let Some(acknowledged) = self.pump.clone() else { return };
+        let mut waiting = 0;
+        for link in self.links.values() {
+            if let Some(channel) = &link.channel {
+                waiting += channel.buffered_amount().await;
+            }
+        }
+        if waiting == 0 {
+            let now = Instant::now();
+            acknowledged.lock().unwrap().extend(self.pumped.drain(..).map(|id| (id, now)));
+        }
+        let id = format!("{}-{}", self.id, self.log.len() + acknowledged.lock().unwrap().len());
+        self.write(&format!("put {id} {{\"pumped\":true}}")).await;
+        self.pumped.push(id);
     }
 
     async fn broadcast(&mut self, operations: &[Operation]) {

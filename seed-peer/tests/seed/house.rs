@@ -64,7 +64,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         rooms,
         bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
         keep: None,
-        message_bytes: 8 << 20,
+        message_bytes: 64 << 20,
         operations_per_second: 1_000,
         max_links: 600,
     }

@@ -3,5 +3,7 @@
 
 mod cells;
 mod client;
+mod crash;
+mod data;
 mod house;
 mod rooms;
