@@ -14,7 +14,7 @@ const dashboards = resolve(dirname(fileURLToPath(import.meta.url)), '../grafana/
 
 let homeport, pages, browser, prometheus, folder, url;
 before(async () => {
-  homeport = await Homeport.start({ rooms: ['notes'] });
+  homeport = await Homeport.start({ rooms: ['notes', { name: 'crowd', cells: true }] });
   folder = await mkdtemp(join(tmpdir(), 'homeport-prometheus-'));
   const port = await freePort();
   url = `http://127.0.0.1:${port}`;

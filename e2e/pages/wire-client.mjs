@@ -2,6 +2,7 @@
 // cannot be had. It has the part of GenosDB's interface that the tests use (gdb, put, get, link, remove, map), runs on
 // the browser's own WebRTC, and shares no code with Homeport.
 import { schnorr } from '@noble/secp256k1';
+import { Cells } from './cells.mjs';
 
 const utf8 = new TextEncoder();
 const text = new TextDecoder('utf-8', { fatal: true });
@@ -74,10 +75,20 @@ class Relay {
   }
 }
 
-/** One room of the transport: links with everybody in it. */
+/** One room of the transport: links with everybody in it, or as its cells ask for. */
 class Room {
-  constructor(name, id, iceServers, handlers) {
+  constructor(name, id, iceServers, handlers, cellSize) {
     Object.assign(this, { name, id, iceServers, handlers, peers: new Map(), left: false });
+    if (cellSize) {
+      this.cells = new Cells(this, cellSize, (origin, data) => {
+        if (data && typeof data === 'object' && '_ch' in data) handlers.message?.(origin, data._ch, data._d);
+        else handlers.bare?.(origin, data);
+      });
+    }
+  }
+  /** Sends JSON to everybody. */
+  broadcast(channel, value) {
+    return this.cells ? this.cells.send({ _ch: channel, _d: value }) : this.send(channel, value);
   }
   async join(relay, password) {
     this.relay = relay;
@@ -96,7 +107,7 @@ class Room {
     const peer = content.peerId;
     if (!peer || peer === this.id || this.left) return;
     const known = this.peers.get(peer);
-    if (content.bye) this.drop(peer);
+    if (content.bye) { this.cells?.left(peer); this.drop(peer); }
     else if (content.offer) {
       if (known?.offered && !known.channel && this.id > peer) return;
       this.drop(peer);
@@ -112,12 +123,16 @@ class Room {
       if (!known?.offered || known.connection.signalingState !== 'have-local-offer') return;
       const sdp = await this.sealer.open(content.answer.sdp).catch(() => null);
       if (sdp) await known.connection.setRemoteDescription({ type: 'answer', sdp });
-    } else if (!known) {
-      const link = this.link(peer, true);
-      await link.connection.setLocalDescription();
-      const offer = { type: 'offer', sdp: await this.sealer.seal(await complete(link.connection)) };
-      if (this.peers.get(peer) === link) this.relay.publish(await this.topicOfPeer(peer), { peerId: this.id, offer });
+    } else if (this.cells ? this.cells.announced(peer) : true) {
+      await this.dial(peer);
     }
+  }
+  async dial(peer) {
+    if (this.peers.has(peer)) return;
+    const link = this.link(peer, true);
+    await link.connection.setLocalDescription();
+    const offer = { type: 'offer', sdp: await this.sealer.seal(await complete(link.connection)) };
+    if (this.peers.get(peer) === link) this.relay.publish(await this.topicOfPeer(peer), { peerId: this.id, offer });
   }
 
   link(peer, offered) {
@@ -154,11 +169,12 @@ class Room {
     if (flags & 16) payload = await transform(payload, new DecompressionStream('deflate'));
     if (channel === '@_ping') return this.send('@_pong', '', peer);
     if (channel === '@_leave') return this.drop(peer);
+    if (this.cells && /^c\d+$/.test(channel)) return this.cells.receive(peer, channel, text.decode(payload));
     if (flags & 8) this.handlers.message?.(peer, channel, JSON.parse(text.decode(payload)));
   }
-  /** Sends JSON, or a string on the transport's own channels. */
+  /** Sends JSON, or a string on the transport's own channels and those of cells. */
   async send(channel, value, target) {
-    const string = channel.startsWith('@_');
+    const string = channel.startsWith('@_') || /^c\d+$/.test(channel);
     let payload = utf8.encode(string ? value : JSON.stringify(value));
     let flags = string ? 0 : 8;
     if (payload.length > 500) {
@@ -247,14 +263,15 @@ export async function gdb(name, { rtc, password = '' }) {
     removals: [...removals].map(([removed, timestamp]) => ({ id: removed, timestamp })),
     timestamp: latest(),
   });
+  const cellSize = rtc.cells === true ? 10 : rtc.cells?.cellSize;
   const graph = new Room(`graph-sync-room-${name}`, id, rtc.turnConfig, {
-    joined: () => graph.send('syncGraph', [{ type: 'sync', timestamp: latest() }]),
+    joined: () => graph.broadcast('syncGraph', [{ type: 'sync', timestamp: latest() }]),
     message: (_, channel, operations) => {
       if (channel !== 'syncGraph') return;
       for (const operation of operations) {
         if (operation.type === 'sync') {
           const recent = operation.timestamp && log.length > 0 && !newer(log[0].timestamp, operation.timestamp);
-          graph.send('syncGraph', [recent ? { type: 'deltaSync', operations: log, timestamp: latest() } : fullState()]);
+          graph.broadcast('syncGraph', [recent ? { type: 'deltaSync', operations: log, timestamp: latest() } : fullState()]);
         } else if (operation.type === 'deltaSync') operation.operations.forEach(apply);
         else if (operation.type === 'fullStateSync') {
           for (const { id: removed, timestamp } of operation.removals) apply({ type: 'remove', id: removed, timestamp });
@@ -266,19 +283,27 @@ export async function gdb(name, { rtc, password = '' }) {
             }
           }
           const lacks = [...nodes.values()].some(node => newer(node.timestamp, theirs[node.id]?.timestamp));
-          if (lacks) graph.send('syncGraph', [fullState()]);
+          if (lacks) graph.broadcast('syncGraph', [fullState()]);
         } else apply(operation);
       }
       save();
     },
+  }, cellSize);
+  const listeners = new Map();
+  const app = new Room(`app-sync-${name}`, id, rtc.turnConfig, {
+    message: (origin, channel, data) => listeners.get(channel)?.forEach(listener => listener(data, origin)),
+  }, cellSize);
+  // `db.room.channel(name)`: to everybody in the application's room.
+  app.channel = channel => ({
+    send: data => app.broadcast(channel, data),
+    on: (_, listener) => listeners.set(channel, [...(listeners.get(channel) ?? []), listener]),
   });
-  const app = new Room(`app-sync-${name}`, id, rtc.turnConfig, {});
   const relay = new Relay(rtc.relayUrls[0]);
   await Promise.all([graph.join(relay, password), app.join(relay, password)]);
   const write = async operation => {
     apply(operation);
     save();
-    await graph.send('syncGraph', [operation]);
+    await graph.broadcast('syncGraph', [operation]);
   };
   return {
     room: app,

@@ -1,0 +1,132 @@
+// Rooms in cells: pages that hold links with their cell only, and the seed between the cells. Driven twice, as
+// database.test.mjs: by the stand-in, and by GenosDB when GENOSDB_DIST names its published files.
+import assert from 'node:assert/strict';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { after, before, describe, test } from 'node:test';
+import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { Homeport } from './lib/homeport.mjs';
+
+const dist = process.env.GENOSDB_DIST;
+const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
+if (dist && !file) throw new Error(`GENOSDB_DIST=${dist} holds neither index.min.js nor index.js`);
+if (!dist) console.log('GenosDB pages in cells: skipped, GENOSDB_DIST names no folder with the published dist files of GenosDB');
+suite('stand-in', '/pages/wire-client.mjs', {});
+suite('GenosDB', `/genosdb/${file}`, { skip: !dist });
+
+function suite(client, module, options) {
+  describe(`${client} in cells`, options, () => {
+    let homeport, pages, browser;
+    before(async () => {
+      pages = await servePages(dist ? { genosdb: dist } : {});
+      browser = await launchChromium();
+      homeport = await Homeport.start({ rooms: [
+        { name: 'one', cells: { cell_size: 3, bridge: 'one' } },
+        { name: 'every', cells: { cell_size: 4, bridge: 'every' } },
+        { name: 'growing', cells: { cell_size: 4, bridge: 'every' } },
+        'mesh',
+      ] });
+    });
+    after(async () => {
+      await browser?.close();
+      pages?.close();
+      await homeport?.stop();
+    });
+
+    async function open(name, cellSize) {
+      const rtc = cellSize ? { ...homeport.rtc, cells: { cellSize } } : homeport.rtc;
+      const query = new URLSearchParams({ client: module, name, options: JSON.stringify({ rtc }) });
+      const page = await openPage(browser, `${pages.url}/pages/database.html?${query}`);
+      await until(page, 'the database', () => window.loaded === true);
+      return page;
+    }
+    const close = page => page.context().close();
+    const metric = (name, room) => homeport.metric(name, `room="${room}"`);
+    const holds = (page, count) =>
+      until(page, `${count} nodes`, async wanted => await window.count() === wanted, count);
+
+    async function reaches(name, room, wanted) {
+      const deadline = Date.now() + 45_000;
+      for (;;) {
+        const value = await metric(name, room);
+        if (value === wanted) return;
+        if (Date.now() > deadline) assert.fail(`${name} of ${room} is ${value}, not ${wanted}`);
+        await new Promise(done => setTimeout(done, 100));
+      }
+    }
+
+    /** Everybody writes, everybody has all of it; a channel of the application reaches everybody too. */
+    async function talk(members) {
+      for (const page of members) {
+        await page.evaluate(() => {
+          window.heard = [];
+          window.talk = window.db.room.channel('chat');
+          window.talk.on('message', data => window.heard.push(data));
+        });
+      }
+      await Promise.all(members.map((page, index) => page.evaluate(async index => {
+        for (let count = 0; count < 5; count++) await window.db.put({ index, count }, `n${index}-${count}`);
+        window.talk.send({ from: index, padding: 'x'.repeat(20_000) });
+      }, index)));
+      for (const page of members) {
+        await holds(page, members.length * 5);
+        await until(page, 'a word of each other', count => window.heard.length >= count, members.length - 1);
+        assert.equal(await page.evaluate(() => window.heard.length), members.length - 1, 'each word once');
+      }
+    }
+
+    // Three cells are all neighbours: each page links with every bridge, in both rooms of the database.
+    for (const [bridge, cellSize, cells, bridged] of [['one', 3, 3, 1], ['every', 4, 3, 3]]) {
+      test(`eight pages in three cells, the seed as the bridge of ${bridge}`, async () => {
+        const members = await Promise.all(Array.from({ length: 8 }, () => open(bridge, cellSize)));
+        await reaches('homeport_seed_present_peers', bridge, 8);
+        await reaches('homeport_seed_cells', bridge, cells);
+        await reaches('homeport_seed_bridged_cells', bridge, bridged);
+        await reaches('homeport_seed_links', bridge, 2 * 8 * bridged);
+        await talk(members);
+        await reaches('homeport_seed_nodes', bridge, 40);
+        await Promise.all(members.map(close));
+        const fresh = await open(bridge, cellSize);
+        await holds(fresh, 40);
+        await close(fresh);
+      });
+    }
+
+    test('a room grows from two to twelve pages, and the seed with it', async () => {
+      const members = [await open('growing', 4), await open('growing', 4)];
+      await members[0].evaluate(() => window.db.put({ first: true }, 'first'));
+      await holds(members[1], 1);
+      for (let count = 2; count < 12; count++) members.push(await open('growing', 4));
+      for (const page of members) await holds(page, 1);
+      // Three pages and one of the seed's ids to a cell.
+      await reaches('homeport_seed_cells', 'growing', 4);
+      await reaches('homeport_seed_bridged_cells', 'growing', 4);
+      await members[11].evaluate(() => window.db.put({ last: true }, 'last'));
+      for (const page of members) await holds(page, 2);
+      await Promise.all(members.map(close));
+    });
+
+    test('a page returns after five thousand operations, and two databases do not meet', async () => {
+      const sleeper = await open('mesh');
+      const writer = await open('mesh');
+      await writer.evaluate(() => window.db.put({ seen: true }, 'seen'));
+      await holds(sleeper, 1);
+      // Two pages, two rooms: both are linked with the seed, so that it hears every operation.
+      await reaches('homeport_seed_links', 'mesh', 4);
+      const url = sleeper.url();
+      await sleeper.goto('about:blank');
+      await writer.evaluate(async () => {
+        for (let index = 0; index < 5_000; index++) await window.db.put({ index }, `n${index % 500}`);
+      });
+      await reaches('homeport_seed_logged_operations', 'mesh', 5_001);
+      await close(writer);
+      await sleeper.goto(url);
+      await until(sleeper, 'the database', () => window.loaded === true);
+      await holds(sleeper, 501);
+      const other = await open('growing', 4);
+      await other.evaluate(() => window.db.put({ mine: true }, 'mine'));
+      assert.equal(await other.evaluate(async () => (await window.nodes()).some(([id]) => id === 'seen')), false);
+      await Promise.all([close(sleeper), close(other)]);
+    });
+  });
+}
