@@ -181,17 +181,20 @@ impl Cells {
         let kept = needed(others.len() + per_cell / 2);
         self.ours.truncate(kept.max(count));
         let total = u32::try_from(count).unwrap_or(MAX_IDS);
+        let mut best = vec![0; count];
+        for other in others.iter().map(HashedId::new) {
+            let cell = other.cell_among(total);
+            if let Some(best) = usize::try_from(cell.0).ok().and_then(|cell| best.get_mut(cell)) {
+                *best = other.rank(cell).max(*best);
+            }
+        }
         let mut election = None;
         let mut picks = 0;
-        for index in 0..count {
+        for (index, best) in best.into_iter().enumerate() {
             let cell = CellIndex(u32::try_from(index).unwrap_or(MAX_IDS));
             let wins = self.ours.get(index).is_some_and(|us| {
-                let ranked = HashedId::new(us);
-                let beaten_by = |other: &PeerId| {
-                    let other = HashedId::new(other);
-                    other.cell_among(total) == cell && other.rank(cell) >= ranked.rank(cell)
-                };
-                count < 2 || (ranked.cell_among(total) == cell && !others.iter().any(beaten_by))
+                let us = HashedId::new(us);
+                count < 2 || (us.cell_among(total) == cell && us.rank(cell) > best)
             });
             if wins {
                 continue;

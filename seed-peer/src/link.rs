@@ -27,6 +27,8 @@ const QUIET: Duration = Duration::from_secs(10);
 const UNANSWERED: Duration = Duration::from_secs(10);
 /// Messages that may wait for a peer that reads slowly.
 const MAX_WAITING: usize = 1_024;
+/// Bytes of messages that may wait for it; a single message may be larger.
+const MAX_WAITING_BYTES: usize = 64 << 20;
 /// Malformed frames and messages after which a peer is not worth a link.
 const MAX_MALFORMED: u32 = 64;
 
@@ -117,6 +119,7 @@ pub(crate) struct Link {
     pending: Option<SdpPendingOffer>,
     channel: Option<ChannelId>,
     sending: VecDeque<Sending>,
+    waiting_bytes: usize,
     nonces: Nonces,
     graph: bool,
     cells: bool,
@@ -154,6 +157,7 @@ impl Link {
             pending: None,
             channel: None,
             sending: VecDeque::new(),
+            waiting_bytes: 0,
             nonces: Nonces::default(),
             graph: listening.graph,
             cells: listening.cells,
@@ -264,11 +268,13 @@ impl Link {
         if self.closed {
             return;
         }
-        if self.sending.len() >= MAX_WAITING {
+        let too_much = self.waiting_bytes + message.len() > MAX_WAITING_BYTES && !self.sending.is_empty();
+        if self.sending.len() >= MAX_WAITING || too_much {
             self.close(CloseReason::Slow);
             return;
         }
         let nonce = self.nonces.next(message.channel());
+        self.waiting_bytes += message.len();
         self.sending.push_back(Sending { message, nonce, next_frame: 0 });
         self.write();
     }
@@ -286,6 +292,7 @@ impl Link {
                 Ok(true) => {
                     sending.next_frame += 1;
                     if sending.next_frame >= sending.message.frames() {
+                        self.waiting_bytes -= sending.message.len();
                         self.sending.pop_front();
                     }
                 }

@@ -66,6 +66,8 @@ pub(crate) struct Links {
     links: HashMap<LinkId, Entry>,
     next_id: LinkId,
     by_ufrag: HashMap<String, LinkId>,
+    /// Links whose data channel is not open yet: only they wait for answers from addresses that are not known.
+    unopened: BTreeSet<LinkId>,
     by_address: HashMap<SocketAddr, LinkId>,
     deadlines: BTreeSet<(Instant, LinkId)>,
     buffers: Vec<Vec<u8>>,
@@ -85,6 +87,7 @@ impl Links {
             links: HashMap::new(),
             next_id: 1,
             by_ufrag: HashMap::new(),
+            unopened: BTreeSet::new(),
             by_address: HashMap::new(),
             deadlines: BTreeSet::new(),
             buffers: vec![vec![0; BUFFER_BYTES]; BATCH_SIZE],
@@ -101,6 +104,7 @@ impl Links {
         let id = self.next_id;
         self.next_id += 1;
         self.by_ufrag.insert(link.ufrag().to_owned(), id);
+        self.unopened.insert(id);
         self.deadlines.insert((now, id));
         self.links.insert(id, Entry { link, deadline: now, addresses: Vec::new() });
         id
@@ -185,7 +189,7 @@ impl Links {
             id
         } else {
             let known = self.by_address.get(&source).filter(|id| accepts(id)).copied();
-            known.or_else(|| self.links.keys().copied().find(|id| accepts(id)))?
+            known.or_else(|| self.unopened.iter().copied().find(|id| accepts(id)))?
         };
         if self.by_address.insert(source, id) != Some(id)
             && let Some(entry) = self.links.get_mut(&id)
@@ -244,7 +248,12 @@ impl Links {
                     self.deadlines.insert((at, id));
                     return;
                 }
-                output => events.push((id, output)),
+                output => {
+                    if matches!(output, LinkOutput::Opened) {
+                        self.unopened.remove(&id);
+                    }
+                    events.push((id, output));
+                }
             }
         }
     }
@@ -261,6 +270,7 @@ impl Links {
     pub(crate) fn remove(&mut self, id: LinkId) {
         let Some(entry) = self.links.remove(&id) else { return };
         self.deadlines.remove(&(entry.deadline, id));
+        self.unopened.remove(&id);
         self.by_ufrag.remove(entry.link.ufrag());
         for address in entry.addresses {
             if self.by_address.get(&address) == Some(&id) {

@@ -117,7 +117,7 @@ impl Metrics {
                 "homeport_seed_answers_total",
                 "Answers to peers that asked for what they lack, by kind.",
                 "kind",
-                &["sync", "full_state"],
+                &["sync", "full_state", "withheld"],
             )?,
             cached_answers: add(
                 registry,

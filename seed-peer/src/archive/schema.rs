@@ -12,6 +12,10 @@ const APPLICATION_ID: i32 = 0x486d_5074;
 /// The version of the tables below (`PRAGMA user_version`).
 const VERSION: i32 = 2;
 
+/// Pages of the file that each connection keeps in memory, in KiB.
+const WRITER_CACHE_KIB: i64 = 6 * 1024;
+const READER_CACHE_KIB: i64 = 2 * 1024;
+
 /// The archive's file inside the data folder.
 pub(crate) const FILE_NAME: &str = "archive.sqlite";
 
@@ -144,7 +148,7 @@ impl ArchiveFile {
         let connection = Connection::open_with_flags(&self.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
         connection.busy_timeout(Duration::from_secs(1))?;
         connection.pragma_update(None, "query_only", true)?;
-        connection.pragma_update(None, "cache_size", -8 * 1024)?;
+        connection.pragma_update(None, "cache_size", -READER_CACHE_KIB)?;
         Ok(connection)
     }
 }
@@ -209,7 +213,8 @@ fn configure(connection: &Connection) -> rusqlite::Result<()> {
     // An acknowledged operation survives a power cut.
     connection.pragma_update(None, "synchronous", "FULL")?;
     connection.pragma_update(None, "foreign_keys", true)?;
-    connection.pragma_update(None, "cache_size", -16 * 1024)?;
+    // Kept small: the system caches the file as well, in memory that it can take back.
+    connection.pragma_update(None, "cache_size", -WRITER_CACHE_KIB)?;
     // The write-ahead log gives its space back after a burst.
     connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
     connection.set_prepared_statement_cache_capacity(64);

@@ -24,6 +24,8 @@ use crate::rooms::RoomError;
 const GROUP_COMMIT: Duration = Duration::from_millis(10);
 /// How long to wait before a refusing disk is tried again.
 const RETRY: Duration = Duration::from_secs(1);
+/// When nothing has come for so long, nothing much is happening.
+const IDLE: Duration = Duration::from_secs(5);
 /// How often old operations are looked for.
 const COMPACTION_INTERVAL: Duration = Duration::from_secs(600);
 /// What an edge is taken to weigh where counting them would cost more than adding one.
@@ -91,15 +93,24 @@ impl Writer {
     }
 
     pub(super) fn run(&mut self, requests: &Receiver<Request>) {
+        let mut busy = false;
         loop {
             let wait = match (self.held.is_empty(), self.keep) {
                 (false, _) => RETRY,
-                (true, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()),
-                (true, None) => COMPACTION_INTERVAL,
+                (true, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()).min(IDLE),
+                (true, None) => IDLE,
             };
             match requests.recv_timeout(wait) {
-                Ok(first) => self.gather(first, requests),
-                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => self.compact(),
+                Ok(first) => {
+                    self.gather(first, requests);
+                    busy = true;
+                }
+                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => {
+                    if std::mem::take(&mut busy) {
+                        self.shrink();
+                    }
+                    self.compact();
+                }
                 Err(RecvTimeoutError::Timeout) => self.commit(Vec::new()),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -413,9 +424,16 @@ impl Writer {
         }
     }
 
+    /// Gives memory back that a busy time has left behind.
+    fn shrink(&self) {
+        if let Err(error) = self.file.connection.execute_batch("PRAGMA shrink_memory") {
+            tracing::debug!(%error, "the archive keeps its memory");
+        }
+    }
+
     /// Takes a step in compacting what is older than is to be kept.
     fn compact(&mut self) {
-        let Some(keep) = self.keep else { return };
+        let Some(keep) = self.keep.filter(|_| Instant::now() >= self.next_compaction) else { return };
         let horizon_ms = crate::mesh::wall_ms().saturating_sub(u64::try_from(keep.as_millis()).unwrap_or(u64::MAX));
         match compaction::step(&mut self.file.connection, horizon_ms) {
             // The rest follows at once, but for what has queued up meanwhile.

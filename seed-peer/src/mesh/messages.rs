@@ -17,6 +17,8 @@ use crate::links::LinkId;
 
 /// Operations that may come at once, as seconds of the rate.
 const OPERATION_BURST_SECONDS: u32 = 10;
+/// Bytes, deflated, of an answer that is sent to everybody in a room.
+const MAX_ROOM_ANSWER: usize = 2 << 20;
 /// How long a peer may speak as in a full mesh before it is taken to be in one: it may not have sealed its roster.
 const MISMATCH_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
 
@@ -120,9 +122,12 @@ impl Mesh {
             Content::Text(text) | Content::Json(text) => text,
             // Bytes travel behind the envelope that describes them.
             Content::Binary { meta: Some(meta), .. } => meta,
-            Content::Binary { meta: None, .. } => return self.refuse_message(link),
+            Content::Binary { meta: None, .. } => return self.metrics.refused.with_label_values(&["message"]).inc(),
         };
-        let Ok(envelope) = Envelope::parse(text) else { return self.refuse_message(link) };
+        // Later clients may say more on these channels than we understand: that costs nobody the link.
+        let Ok(envelope) = Envelope::parse(text) else {
+            return self.metrics.refused.with_label_values(&["message"]).inc();
+        };
         let Some(room) = self.state.rooms.get_mut(&id) else { return };
         let Some(cells) = &mut room.cells else { return };
         let Some(envelope) = cells.receive(from, envelope, now) else {
@@ -190,15 +195,19 @@ impl Mesh {
         }
     }
 
+    fn owner_of(&self, asker: Asker) -> Option<&super::Owner> {
+        match asker {
+            Asker::Link(link) => self.state.owners.get(&link),
+            Asker::Room(_) => None,
+        }
+    }
+
     /// Takes in a message of operations. Returns what it was about; `None` when it is not one.
     fn handle_graph(&mut self, now: Instant, id: RoomId, asker: Asker, text: &str, bytes: usize) -> Option<Said> {
         let Batch { operations, malformed } = Batch::parse(text).ok()?;
         self.metrics.refused.with_label_values(&["operation"]).inc_by(u64::try_from(malformed).unwrap_or(u64::MAX));
         let archive = self.state.rooms.get(&id)?.archive;
-        let owner = match asker {
-            Asker::Link(link) => self.state.owners.get(&link),
-            Asker::Room(_) => None,
-        };
+        let owner = self.owner_of(asker);
         let sent = owner.and_then(|owner| owner.sent);
         let (questions, mut changes): (Vec<Operation>, Vec<Operation>) =
             operations.into_iter().partition(|operation| matches!(operation, Operation::Sync(_)));
@@ -214,7 +223,8 @@ impl Mesh {
             tracing::debug!(?archive, "the archive is too busy for a message");
         }
         // One answer is enough, however often the question stands in one message.
-        if let Some(Operation::Sync(Sync { timestamp, .. })) = questions.into_iter().next() {
+        let may_ask = self.owner_of(asker).is_none_or(|owner| owner.rate.allows());
+        if may_ask && let Some(Operation::Sync(Sync { timestamp, .. })) = questions.into_iter().next() {
             self.ask_archive(now, asker, id, Known { timestamp, sent });
         }
         Some(said)
@@ -250,6 +260,23 @@ impl Mesh {
         self.schedule(id, now);
     }
 
+    /// Answers everybody in a room, for one whom no link reaches.
+    fn answer_room(&mut self, id: RoomId, messages: &[Message]) {
+        for message in messages {
+            if message.len() > MAX_ROOM_ANSWER {
+                // The members of its own cell have it as well, and who is linked with the seed is answered alone.
+                self.metrics.answers.with_label_values(&["withheld"]).inc();
+                continue;
+            }
+            if let Some(payload) = message.json()
+                && let Some(cells) = self.state.rooms.get_mut(&id).and_then(|room| room.cells.as_mut())
+            {
+                let envelope = cells.message(wall_ms(), ChannelName::SYNC_GRAPH, &payload);
+                self.pass_on(id, Content::Text(envelope.print()), &[]);
+            }
+        }
+    }
+
     /// A peer is here: ask it for what we lack (wire §4).
     pub(super) fn joined(&mut self, id: RoomId, peer: PeerId, link: LinkId) {
         self.count_links(id);
@@ -270,14 +297,7 @@ impl Mesh {
                     messages.into_iter().for_each(|message| self.send(link, message));
                 }
             }
-            Reply::Send { to: Asker::Room(id), messages, .. } => {
-                for payload in messages.iter().filter_map(Message::json) {
-                    if let Some(cells) = self.state.rooms.get_mut(&id).and_then(|room| room.cells.as_mut()) {
-                        let envelope = cells.message(wall_ms(), ChannelName::SYNC_GRAPH, &payload);
-                        self.pass_on(id, Content::Text(envelope.print()), &[]);
-                    }
-                }
-            }
+            Reply::Send { to: Asker::Room(id), messages, .. } => self.answer_room(id, &messages),
             Reply::RoomLacks { room } => {
                 self.ask_archive(now, Asker::Room(room), room, Known { timestamp: None, sent: None });
             }

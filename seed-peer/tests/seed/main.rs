@@ -3,7 +3,6 @@
 
 mod cells;
 mod client;
-mod crash;
 mod data;
 mod house;
 mod rooms;
