@@ -42,27 +42,34 @@ fn best(base: PeerId, score: impl Fn(HashedId, i64) -> Option<i64>) -> PeerId {
     best.1
 }
 
+/// What it costs an id to leave its cell at one of the likely counts: more than to lose it there.
+const LEFT_LATER: i64 = 1 << 33;
+/// What it costs an id to lose the election that is held now.
+const LOST_NOW: i64 = 1 << 34;
+
 /// Those who stand for election at one count of cells.
 #[derive(Debug, Clone)]
 struct Field {
     count: u32,
+    /// Whether the election is held now, among peers that are there: it must be won before all others.
+    is_held: bool,
     /// The ranks of others, by cell, ordered.
     ranks: Vec<Vec<u32>>,
 }
 
 impl Field {
-    fn new(count: u32, others: impl Iterator<Item = HashedId>) -> Self {
+    fn new(count: u32, is_held: bool, others: impl Iterator<Item = HashedId>) -> Self {
         let mut ranks = vec![Vec::new(); count as usize];
         for other in others {
             let cell = other.cell_among(count);
             ranks[cell.0 as usize].push(other.rank(cell));
         }
         ranks.iter_mut().for_each(|ranks| ranks.sort_unstable());
-        Self { count, ranks }
+        Self { count, is_held, ranks }
     }
 
     /// How an id fares in a cell: by how much it beats all others, or else minus 2^32 times the share of those that
-    /// beat it.
+    /// beat it; and below all of that where the election is held now.
     fn margin(&self, id: HashedId, cell: CellIndex) -> i64 {
         let (rank, ranks) = (id.rank(cell), &self.ranks[cell.0 as usize]);
         let Some(greatest) = ranks.last() else { return i64::from(rank) };
@@ -71,7 +78,8 @@ impl Field {
         }
         let beaten = ranks.partition_point(|other| *other < rank);
         let share = ((ranks.len() - beaten) << 32) / ranks.len();
-        -i64::try_from(share).unwrap_or(i64::MAX)
+        let loss = i64::try_from(share).unwrap_or(i64::MAX);
+        if self.is_held { -LOST_NOW - loss } else { -loss }
     }
 
     fn expected(count: u32) -> Self {
@@ -83,7 +91,7 @@ impl Field {
             range.start + usize::try_from(state >> 33).unwrap_or(0) % range.len()
         };
         let crowd = (0..per_cell * u64::from(count)).map(|_| HashedId::new(&PeerId::generate(&mut random)));
-        Self::new(count, crowd)
+        Self::new(count, false, crowd)
     }
 }
 
@@ -117,7 +125,7 @@ impl Election {
     pub fn held_among(mut self, others: &[PeerId], ours: usize, cell_size: usize) -> Self {
         let count = cell_count(others.len() + ours, cell_size);
         if count > 1 {
-            self.fields.push(Field::new(count, others.iter().map(HashedId::new)));
+            self.fields.push(Field::new(count, true, others.iter().map(HashedId::new)));
             self.fields.sort_by_key(|field| field.count);
         }
         self
@@ -130,15 +138,17 @@ impl Election {
 
     /// An id that is in `cell` and wins it, wherever there are so many cells.
     pub fn bridge_of(&self, cell: CellIndex, base: PeerId) -> PeerId {
-        let fields: Vec<&Field> = self.fields.iter().filter(|field| field.count > cell.0).collect();
+        let concerned: Vec<&Field> = self.fields.iter().filter(|field| field.count > cell.0).collect();
         best(base, |id, best| {
             // Whether it would win is quickly seen; whether it belongs there, less so.
-            let would_win = fields.iter().all(|field| field.margin(id, cell) > best);
+            let would_win = concerned.iter().all(|field| field.margin(id, cell) > best);
             let margin = |field: &Field, its| match its {
                 // Where there are fewer cells, nobody is in this one.
                 _ if field.count <= cell.0 => i64::MAX,
                 its if its == cell => field.margin(id, cell),
-                _ => i64::MIN,
+                // It may leave the cell when the room grows, and another id come, but not now.
+                _ if field.is_held => i64::MIN,
+                _ => -LEFT_LATER,
             };
             would_win.then(|| self.lowest_margin(id, best, margin)).flatten()
         })
@@ -237,6 +247,16 @@ mod tests {
         let ours: Vec<PeerId> = (0..8).map(|cell| election.bridge_of(CellIndex(cell), base())).collect();
         let topology = Topology::new(&[others, ours.clone()].concat(), 10);
         assert!(ours.iter().all(|id| topology.is_bridge(id)));
+        // In small rooms what is likely spans cells that nobody can win in all: what counts is now.
+        for seed in 1..60 {
+            let others = crowd(12, seed);
+            let base = PeerId::parse(&format!("z{}", &others[0].as_str()[1..])).unwrap();
+            let election = Election::expected(2..=8).held_among(&others, 4, 4);
+            let mut ours = vec![election.bridge_of(CellIndex(0), base)];
+            ours.extend((1..4).map(|cell| election.bridge_of(CellIndex(cell), base)));
+            let topology = Topology::new(&[others, ours.clone()].concat(), 4);
+            assert!(ours.iter().all(|id| topology.is_bridge(id)), "room {seed}");
+        }
     }
 
     #[test]

@@ -246,17 +246,22 @@ impl Cells {
     }
 
     /// Whether `us` passes on what it gets: every bridge does. A seed that is to be one does so as well while clients
-    /// may think that it is.
-    pub(crate) fn passes_on(&self, us: &PeerId) -> bool {
-        self.topology.is_bridge(us) || (self.config.bridge != Bridge::Off && self.topology.total_cells() > 1)
+    /// may think that it is: others may have sealed a roster that still is `changing` here.
+    pub(crate) fn passes_on(&self, us: &PeerId, changing: bool) -> bool {
+        let may_be_elected = self.config.bridge != Bridge::Off && (changing || self.topology.total_cells() > 1);
+        self.topology.is_bridge(us) || may_be_elected
     }
 
     /// The channel on which `peer` listens: that of its own cell, as it said itself since the last seal, or as the
     /// topology has it.
     pub(crate) fn channel_to(&self, peer: &PeerId) -> ChannelName {
         let known = self.topology.cell_of(peer);
-        let claimed =
-            self.claims.get(peer).filter(|(_, at)| known.is_none() || self.sealed.is_some_and(|since| *at >= since));
+        let is_credible = |(cell, at): &&(CellIndex, Instant)| match known {
+            // Who is in the topology may have sealed another since, but not one with a cell that is not there.
+            Some(_) => self.sealed.is_some_and(|since| *at >= since) && (cell.0 as usize) < self.total_cells(),
+            None => true,
+        };
+        let claimed = self.claims.get(peer).filter(is_credible);
         let cell = match (claimed, known) {
             (Some((cell, _)), _) => *cell,
             (None, Some(cell)) => cell,

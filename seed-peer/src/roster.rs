@@ -147,6 +147,11 @@ impl Roster {
         self.changed = None;
     }
 
+    /// Whether the roster has changed since it was sealed.
+    pub(crate) fn is_changing(&self) -> bool {
+        self.changed.is_some()
+    }
+
     /// When there is something to do.
     pub(crate) fn next_tick(&self) -> Instant {
         self.seal_at().map_or(self.next_look, |at| at.min(self.next_look))

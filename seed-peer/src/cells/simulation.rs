@@ -70,7 +70,7 @@ fn broadcast(peers: &mut [Cells], links: &[Vec<usize>], ids: &[PeerId], origin: 
             let Some(new) = peers[to].receive(ids[from], envelope, now) else { continue };
             assert!(hops[to].is_none(), "heard twice");
             hops[to] = Some(ttl - new.ttl + 1);
-            if peers[to].passes_on(&ids[to])
+            if peers[to].passes_on(&ids[to], false)
                 && let Some(passed_on) = new.passed_on()
             {
                 let others = links[to].iter().filter(|other| **other != from && **other != origin);
@@ -415,7 +415,7 @@ impl World {
         let from_id = self.peers[from].id;
         let us = self.peers[to].id;
         let Some(envelope) = self.peers[to].cells.receive(from_id, envelope, now) else { return };
-        if self.peers[to].cells.passes_on(&us)
+        if self.peers[to].cells.passes_on(&us, false)
             && let Some(passed_on) = envelope.passed_on()
         {
             self.send(to, &passed_on, &[from_id, envelope.origin]);

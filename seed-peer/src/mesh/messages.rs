@@ -173,9 +173,10 @@ impl Mesh {
         let Some(room) = self.state.rooms.get(&id) else { return };
         let Some(cells) = &room.cells else { return };
         let is_ours = except.is_empty();
+        let changing = room.roster.is_changing();
         let mut targets: HashMap<PeerId, (PeerId, LinkId)> = HashMap::new();
         for (us, peer, link) in room.links() {
-            if except.contains(&peer) || !(is_ours || cells.passes_on(&us)) {
+            if except.contains(&peer) || !(is_ours || cells.passes_on(&us, changing)) {
                 continue;
             }
             // Of several ids that could reach a peer, the one in its own cell.

@@ -143,6 +143,7 @@ async fn a_peer_that_lies_and_one_that_stutters_cost_nobody_a_message() {
     let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
     let mut clients: Vec<(PeerId, Client)> = (0..6).map(|_| join(&url)).collect();
     settled(&mut clients, 2).await;
+    counted(&seed, "homeport_seed_bridged_cells", "my-app", 2.0).await;
     clients[0].1.lie();
     clients[1].1.stutter();
     for round in 0..5 {

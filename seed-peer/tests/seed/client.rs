@@ -38,7 +38,8 @@ pub(crate) struct Client {
 /// The peer's graph and its open links, after each change.
 #[derive(Clone, Default)]
 pub(crate) struct View {
-    pub(crate) graph: MemoryGraph,
+    /// Shared, since a large one is not to be copied with every change of something else.
+    pub(crate) graph: Arc<MemoryGraph>,
     pub(crate) linked: Vec<PeerId>,
     /// Every kind of operation that came in, in order.
     pub(crate) heard: Vec<&'static str>,
@@ -99,7 +100,13 @@ pub(crate) fn wall_ms() -> u64 {
 
 impl Client {
     /// Joins the graph room of `database` through `relay`, with what `graph` already holds.
-    pub(crate) fn join(relay: &str, database: &str, password: &str, id: PeerId, graph: MemoryGraph) -> Self {
+    pub(crate) fn join(
+        relay: &str,
+        database: &str,
+        password: &str,
+        id: PeerId,
+        graph: impl Into<Arc<MemoryGraph>>,
+    ) -> Self {
         Self::join_room(relay, &Room::graph_sync(database), password, id, graph, None)
     }
 
@@ -113,9 +120,10 @@ impl Client {
         room: &Room,
         password: &str,
         id: PeerId,
-        graph: MemoryGraph,
+        graph: impl Into<Arc<MemoryGraph>>,
         cell_size: Option<usize>,
     ) -> Self {
+        let graph = graph.into();
         let (commands, receiver) = mpsc::unbounded_channel();
         let (views, state) = watch::channel(View { graph: graph.clone(), ..View::default() });
         let peer = Peer {
@@ -616,7 +624,12 @@ impl Peer {
         }
     }
 
+    fn graph(&mut self) -> &mut MemoryGraph {
+        Arc::make_mut(&mut self.view.graph)
+    }
+
     async fn receive(&mut self, text: &str) {
+        let wall_ms = self.wall_ms();
         let batch = Batch::parse(text).unwrap();
         assert_eq!(batch.malformed, 0, "{text}");
         for operation in batch.operations {
@@ -646,24 +659,25 @@ impl Peer {
                 }
                 Operation::DeltaSync(delta) => {
                     for operation in &delta.operations {
-                        self.view.graph.apply(operation, self.wall_ms());
+                        self.graph().apply(operation, wall_ms);
                     }
                 }
                 Operation::FullStateSync(state) => {
-                    if self.view.graph.merge(&state, self.wall_ms()).sender_lacks {
+                    if self.graph().merge(&state, wall_ms).sender_lacks {
                         let answer = Operation::FullStateSync(self.view.graph.full_state());
                         self.broadcast(&[answer]).await;
                     }
                 }
                 change => {
                     self.clock.receive(timestamp_of(&change), self.wall_ms());
-                    self.view.graph.apply(&change, self.wall_ms());
+                    self.graph().apply(&change, wall_ms);
                 }
             }
         }
     }
 
     async fn write(&mut self, script: &str) {
+        let wall_ms = self.wall_ms();
         let mut operations = Vec::new();
         for line in script.lines().filter(|line| !line.trim().is_empty()) {
             let at = self.clock.now(self.wall_ms());
@@ -678,7 +692,7 @@ impl Peer {
                 other => panic!("{other:?}"),
             };
             let operation = Operation::parse(&text, &mut 0).unwrap();
-            self.view.graph.apply(&operation, self.wall_ms());
+            self.graph().apply(&operation, wall_ms);
             operations.push(operation);
         }
         self.log.extend(operations.iter().cloned());

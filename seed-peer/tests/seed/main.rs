@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 mod cells;
+#[allow(dead_code, reason = "the test that kills a seed uses the rest")]
 mod client;
 mod data;
 mod house;
