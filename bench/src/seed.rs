@@ -95,7 +95,7 @@ impl Homeport {
 
     /// Lets the archive catch up: beyond what it queues it would ask for everything again.
     async fn keeps_up(&self, sent: usize) -> anyhow::Result<()> {
-        if sent % WINDOW == 0 && sent > WINDOW {
+        if sent.is_multiple_of(WINDOW) && sent > WINDOW {
             self.reaches("homeport_seed_nodes", f64::from(u32::try_from(sent - WINDOW)?)).await?;
         }
         Ok(())
