@@ -254,4 +254,23 @@ mod tests {
         );
         assert_eq!(Envelope::parse(&made.print()).unwrap(), made);
     }
+
+    proptest::proptest! {
+        #[test]
+        fn no_change_to_an_envelope_makes_its_reader_panic(
+            at in proptest::prelude::any::<proptest::sample::Index>(),
+            text in "[ -~]{0,6}",
+            cut in 0..40usize,
+        ) {
+            let whole = envelope("ping", &format!(r#"{{"pingId":1,"target":"{ORIGIN}","_ch":"x","_d":[]}}"#));
+            let start = at.index(whole.len());
+            let changed = format!("{}{text}{}", &whole[..start], &whole[(start + cut).min(whole.len())..]);
+            if let Ok(envelope) = Envelope::parse(&changed) {
+                let _ = envelope.letter();
+                // What was understood is passed on as something that others understand the same way.
+                let passed_on = Envelope::parse(&envelope.print()).unwrap();
+                proptest::prop_assert_eq!(passed_on, envelope);
+            }
+        }
+    }
 }

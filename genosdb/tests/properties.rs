@@ -57,6 +57,7 @@ proptest! {
         let _ = Json::parse(&text);
         let _ = Batch::parse(&text);
         let _ = genosdb::Signal::parse(&text);
+        let _ = genosdb::Envelope::parse(&text).map(|envelope| envelope.letter());
     }
 
     #[test]

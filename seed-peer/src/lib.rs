@@ -8,6 +8,7 @@ mod link;
 mod links;
 mod mesh;
 mod metrics;
+mod notices;
 mod relay_key;
 mod room;
 mod rooms;

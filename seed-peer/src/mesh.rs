@@ -18,6 +18,7 @@ use crate::archive::{Archive, Reply};
 use crate::link::{CloseReason, Link, LinkOutput, Refused};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
+use crate::notices::Notices;
 use crate::room::{Action, RoomPeer, Said, Why};
 use crate::rooms::Command;
 use crate::signalling::{Heard, Listener, RelayIndex, Signalling};
@@ -86,6 +87,8 @@ pub(crate) struct State {
     seen: HashSet<String>,
     seen_order: VecDeque<String>,
     events: Vec<(LinkId, LinkOutput)>,
+    /// About peers that are too fast, by room.
+    notices: Notices<RoomId>,
 }
 
 impl Mesh {

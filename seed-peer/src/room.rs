@@ -280,12 +280,14 @@ impl RoomPeer {
     pub(crate) fn dialled(&mut self, peer: PeerId, link: LinkId, now: Instant) {
         self.peers.entry(peer).or_default().dialling = Some((link, now));
         self.pending += 1;
+        self.look_soon(now);
     }
 
     /// The offer of `peer` was answered for `link`.
     pub(crate) fn accepted(&mut self, peer: PeerId, link: LinkId, now: Instant) {
         self.peers.entry(peer).or_default().accepting.push((link, now));
         self.pending += 1;
+        self.look_soon(now);
     }
 
     /// A link of `peer` has opened.
@@ -306,6 +308,11 @@ impl RoomPeer {
             actions.push(Action::Left { peer });
         }
         self.forget(link);
+    }
+
+    /// What is pending is looked at as often as there are announces: soon.
+    fn look_soon(&mut self, now: Instant) {
+        self.next_announce = self.next_announce.min(now + ANNOUNCE_INTERVAL);
     }
 
     fn forget(&mut self, link: LinkId) {

@@ -18,6 +18,7 @@ use super::reader::Reader;
 use super::schema::ArchiveFile;
 use super::{Asker, Bounds, Known, Question, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
 use crate::metrics::Metrics;
+use crate::notices::Notices;
 use crate::rooms::RoomError;
 
 /// How long requests are gathered for one commit.
@@ -49,6 +50,7 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     /// Requests that the disk refused and that are tried again.
     held: Vec<Request>,
+    refusals: Notices<(i64, &'static str)>,
 }
 
 impl Writer {
@@ -77,6 +79,7 @@ impl Writer {
             health,
             shared,
             held: Vec::new(),
+            refusals: Notices::default(),
         }
     }
 
@@ -304,7 +307,10 @@ impl Writer {
 
     fn apply(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<()> {
         let result = match self.too_much(operation, state)? {
-            Some(reason) => reason,
+            Some(reason) => {
+                self.say_refused(state.id, reason);
+                reason
+            }
             None => {
                 let mut graph = RoomGraph { connection: &self.file.connection, state };
                 match apply(&mut graph, operation, wall_ms)? {
@@ -321,6 +327,17 @@ impl Writer {
         };
         self.metrics.operations.with_label_values(&[result]).inc();
         Ok(())
+    }
+
+    /// Says in the log that operations are beyond the bounds; the peer is told nothing, since it would only try again.
+    fn say_refused(&mut self, room: i64, reason: &'static str) {
+        if self.refusals.is_due((room, reason), Instant::now()) {
+            let name = self.names.get(&RoomKey(room)).map_or("", String::as_str);
+            tracing::warn!(
+                room = %name, reason,
+                "operations beyond the bounds (seed.max_value_bytes, seed.max_nodes, seed.max_room_bytes) are left out"
+            );
+        }
     }
 
     /// Why an operation is beyond the bounds, if it is.
@@ -390,6 +407,9 @@ impl Writer {
         let applied = merged.nodes.len() + merged.removals.len();
         self.metrics.operations.with_label_values(&["applied"]).inc_by(u64::try_from(applied).unwrap_or(u64::MAX));
         self.metrics.operations.with_label_values(&["too_large"]).inc_by(refused);
+        if refused > 0 {
+            self.say_refused(state.id, "too_large");
+        }
         Ok(merged.sender_lacks)
     }
 

@@ -220,6 +220,15 @@ impl Mesh {
         changes.retain(|change| !is_live(change) || owner.is_none_or(|owner| owner.rate.allows()));
         let too_fast = u64::try_from(received - changes.len()).unwrap_or(u64::MAX);
         self.metrics.operations.with_label_values(&["too_fast"]).inc_by(too_fast);
+        if too_fast > 0
+            && self.state.notices.is_due(id, now)
+            && let Some(room) = self.state.rooms.get(&id)
+        {
+            tracing::warn!(
+                room = %room.name,
+                "a peer sends operations faster than seed.operations_per_second allows: some are left out"
+            );
+        }
         if !changes.is_empty() && !self.archive.merge(archive, asker, changes, wall_ms(), bytes) {
             tracing::debug!(?archive, "the archive is too busy for a message");
         }

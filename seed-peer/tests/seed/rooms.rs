@@ -1,10 +1,10 @@
 //! Rooms in a full mesh.
 
 use genosdb::{MemoryGraph, Operation};
-use seed_peer::RelayKey;
+use seed_peer::{CellsConfig, RelayKey, RoomConfig, RoomError, Server};
 
 use crate::client::{Client, PATIENCE, new_id, wall_ms};
-use crate::house::{counted, join, nodes, relay, relay_at, relay_with, seed, seed_with, url};
+use crate::house::{config, counted, join, nodes, relay, relay_at, relay_with, seed, seed_with, url};
 
 const SCRIPT: &str = r#"
     put a {"text":"hello","n":1.5}
@@ -219,6 +219,72 @@ async fn a_peer_that_stays_silent_is_dropped() {
     peer.until("a link", |view| view.linked.len() == 1).await;
     peer.vanish();
     counted(&seed, "homeport_seed_disconnects_total", "", 1.0).await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_seed_in_hundreds_of_rooms_is_found_in_each() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let cells =
+        |number: usize| (number % 2 == 1).then_some(CellsConfig { cell_size: 10, bridge: seed_peer::Bridge::One });
+    let room =
+        |number: usize| RoomConfig { name: format!("room-{number}"), password: String::new(), cells: cells(number) };
+    let seed = Server::bind(config(&[&url], data.path(), (0..300).map(room).collect())).unwrap();
+    for number in [0, 1, 149, 150, 298, 299] {
+        let name = format!("room-{number}");
+        let graph = genosdb::Room::graph_sync(&name);
+        let mut client = match cells(number) {
+            Some(_) => Client::join_cells(&url, &graph, new_id(), MemoryGraph::default(), 10),
+            None => Client::join(&url, &name, "", new_id(), MemoryGraph::default()),
+        };
+        let in_cells = cells(number).is_some();
+        client.until("a link", |view| view.linked.len() == 1 && (!in_cells || view.topology.is_some())).await;
+        client.write(&format!("put only-{number} 1"));
+        counted(&seed, "homeport_seed_nodes", &name, 1.0).await;
+        client.leave().await;
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn rooms_are_added_paused_and_removed_under_the_feet_of_their_peers() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url], data.path());
+    let extra = RoomConfig { name: "extra".into(), password: "pw".into(), cells: None };
+    seed.rooms().add(extra.clone()).await.unwrap();
+    assert_eq!(seed.rooms().add(extra.clone()).await, Err(RoomError::Exists));
+    let join = || Client::join(&url, "extra", "pw", new_id(), MemoryGraph::default());
+    let mut client = join();
+    client.until("a link", |view| view.linked.len() == 1).await;
+    client.write("put a 1");
+    counted(&seed, "homeport_seed_nodes", "extra", 1.0).await;
+
+    seed.rooms().pause("extra").await.unwrap();
+    client.until("the seed's leaving", |view| view.linked.is_empty()).await;
+    client.write("put b 2");
+    seed.rooms().resume("extra").await.unwrap();
+    client.until("the seed again", |view| view.linked.len() == 1).await;
+    // What was written meanwhile is asked for.
+    counted(&seed, "homeport_seed_nodes", "extra", 2.0).await;
+    client.leave().await;
+
+    seed.rooms().remove("extra").await.unwrap();
+    let names = |rooms: Vec<seed_peer::RoomStatus>| rooms.into_iter().map(|room| room.name).collect::<Vec<_>>();
+    assert_eq!(names(seed.rooms().list().await.unwrap()), ["my-app", "secret"]);
+    assert_eq!(seed.rooms().remove("my-app").await, Err(RoomError::FromSettings));
+    assert_eq!(seed.rooms().pause("extra").await, Err(RoomError::Unknown));
+    // What is archived is there again when the room is.
+    seed.rooms().add(extra).await.unwrap();
+    let mut newcomer = join();
+    let view = newcomer.until("what was archived", |view| view.graph.iter().count() == 2).await;
+    assert!(view.graph.get("b").is_some());
+    newcomer.leave().await;
     seed.shutdown().await;
     relay.shutdown().await;
 }
