@@ -1,21 +1,21 @@
 //! The one task that moves everything between relays, links and archive.
 
 mod databases;
+mod linking;
 mod messages;
 mod room;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use genosdb::{ChannelName, Limits, Message, PeerId, SdpKey, SealedDescription, Signal};
-use rand::RngCore as _;
+use genosdb::{ChannelName, Limits, Message, PeerId, Signal};
 use str0m::config::DtlsCert;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
 use crate::archive::{Archive, Reply};
-use crate::link::{CloseReason, Link, LinkOutput, Refused};
+use crate::link::{CloseReason, LinkOutput, Refused};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
@@ -373,133 +373,6 @@ impl Mesh {
         self.handle_events(now);
     }
 
-    fn dial(&mut self, now: Instant, id: RoomId, us: PeerId, peer: PeerId, relay: RelayIndex) {
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        if self.links.len() >= self.max_links {
-            return;
-        }
-        let candidates = self.addresses.candidates();
-        match Link::offer(now, self.certificate.clone(), candidates, room.listening(self.limits)) {
-            Ok((link, sdp)) => {
-                let link = self.add_link(now, id, us, peer, relay, link);
-                let Some(room) = self.state.rooms.get_mut(&id) else { return };
-                if let Some(member) = room.member(us) {
-                    member.dialled(peer, link, now);
-                }
-                let signal = Signal::Offer { peer: us, sdp: seal(&room.key, &sdp), superpeer: true };
-                self.signalling.publish(Some(relay), &room.room.self_topic(&peer), &signal);
-            }
-            Err(error) => tracing::warn!(%error, "cannot dial"),
-        }
-    }
-
-    fn accept(&mut self, now: Instant, id: RoomId, us: PeerId, peer: PeerId, relay: RelayIndex, offer: &str) {
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        if self.links.len() >= self.max_links {
-            return;
-        }
-        let candidates = self.addresses.candidates();
-        match Link::answer(now, self.certificate.clone(), candidates, room.listening(self.limits), offer) {
-            Ok((link, sdp)) => {
-                let link = self.add_link(now, id, us, peer, relay, link);
-                let Some(room) = self.state.rooms.get_mut(&id) else { return };
-                if let Some(member) = room.member(us) {
-                    member.accepted(peer, link, now);
-                }
-                let signal = Signal::Answer { peer: us, sdp: seal(&room.key, &sdp) };
-                self.signalling.publish(Some(relay), &room.room.self_topic(&peer), &signal);
-            }
-            Err(error) => self.refuse_description(&error),
-        }
-    }
-
-    fn complete(&mut self, now: Instant, link: LinkId, answer: &str) {
-        let Some(dialled) = self.links.get_mut(link) else { return };
-        if let Err(error) = dialled.accept_answer(answer) {
-            self.refuse_description(&error);
-            return;
-        }
-        self.links.touch(now, link);
-    }
-
-    /// Opens a sealed description; what does not open was sealed with another password, or by nobody.
-    fn open(&self, room: &MeshRoom, sealed: &SealedDescription) -> Option<String> {
-        match room.key.open(&sealed.0) {
-            Ok(sdp) => Some(sdp),
-            Err(error) => {
-                self.metrics.link_outcomes.with_label_values(&["wrong_password"]).inc();
-                tracing::debug!(room = %room.name, %error, "a description did not open");
-                None
-            }
-        }
-    }
-
-    fn refuse_description(&self, error: &crate::link::DescriptionError) {
-        self.metrics.refused.with_label_values(&["description"]).inc();
-        tracing::debug!(error = ?error.to_string(), "a description was refused");
-    }
-
-    fn add_link(
-        &mut self,
-        now: Instant,
-        room: RoomId,
-        us: PeerId,
-        peer: PeerId,
-        relay: RelayIndex,
-        link: Link,
-    ) -> LinkId {
-        let id = self.links.add(now, link);
-        let owner = Owner {
-            room,
-            us,
-            peer,
-            relay,
-            made: now,
-            opened: None,
-            asked: false,
-            sent: None,
-            speaks_cells: false,
-            in_full_mesh: false,
-            rate: OperationRate::new(self.operations_per_second),
-        };
-        self.state.owners.insert(id, owner);
-        id
-    }
-
-    /// Ends a link that the room no longer wants.
-    fn drop_link(&mut self, link: LinkId, why: Why, now: Instant) {
-        let Some(owner) = self.state.owners.remove(&link) else { return };
-        if owner.opened.is_some() {
-            self.metrics.disconnects.with_label_values(&[why.label()]).inc();
-            self.unlinked(&owner, false, now);
-        } else {
-            self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
-        }
-        self.links.close(link, CloseReason::Left, &mut self.state.events);
-        self.links.remove(link);
-        self.count_links(owner.room);
-    }
-
-    /// A link that was open has ended.
-    fn unlinked(&mut self, owner: &Owner, died: bool, now: Instant) {
-        let Some(room) = self.state.rooms.get_mut(&owner.room) else { return };
-        let is_bridge = room.cells.as_ref().is_some_and(|cells| cells.is_bridge(&owner.peer));
-        room.roster.unlinked(owner.peer, died, is_bridge, now);
-        if room.link_to(&owner.peer).is_none()
-            && let Some(cells) = &mut room.cells
-        {
-            cells.unlinked(&owner.peer);
-        }
-    }
-
-    fn count_links(&self, id: RoomId) {
-        let Some(room) = self.state.rooms.get(&id) else { return };
-        let Some(database) = self.state.databases.get(&room.name) else { return };
-        let rooms = database.rooms.iter().filter_map(|id| self.state.rooms.get(id));
-        let open: usize = rooms.map(MeshRoom::open_links).sum();
-        self.metrics.links.with_label_values(&[&room.name]).set(i64::try_from(open).unwrap_or(i64::MAX));
-    }
-
     /// Publishes who is there as a number.
     fn count_presence(&self, id: RoomId) {
         if let Some(room) = self.state.rooms.get(&id)
@@ -630,12 +503,6 @@ impl Mesh {
         self.signalling.shutdown(DRAIN).await;
         self.archive
     }
-}
-
-fn seal(key: &SdpKey, sdp: &str) -> SealedDescription {
-    let mut iv = [0; 12];
-    rand::rng().fill_bytes(&mut iv);
-    SealedDescription(key.seal(iv, sdp))
 }
 
 /// The time of day, in ms since the Unix epoch.
