@@ -9,6 +9,7 @@ mod reader;
 
 use std::fmt;
 
+pub(crate) use reader::sorting_key;
 use reader::{Reader, WHITE_SPACE, print_char};
 
 /// How deep arrays and objects may nest.
@@ -41,6 +42,17 @@ impl Json {
     /// [`JsonError`] where JavaScript's `JSON.parse` would throw, and for nesting beyond [`MAX_DEPTH`].
     pub fn parse(text: &str) -> Result<Self, JsonError> {
         let mut reader = Reader::new(text);
+        let value = reader.value()?;
+        reader.end()?;
+        Ok(value)
+    }
+
+    /// Parses a whole text; the members of every object are then in the order of their keys.
+    ///
+    /// # Errors
+    /// See [`Json::parse`].
+    pub fn parse_sorted(text: &str) -> Result<Self, JsonError> {
+        let mut reader = Reader::sorting(text);
         let value = reader.value()?;
         reader.end()?;
         Ok(value)

@@ -17,6 +17,7 @@ pub mod operation;
 pub mod reassembler;
 pub mod sealed_sdp;
 pub mod signal;
+pub mod signature;
 pub mod topic;
 
 pub use cells::{CellIndex, Topology};

@@ -12,11 +12,18 @@ pub(super) struct Reader<'a> {
     text: &'a str,
     position: usize,
     depth: usize,
+    /// Whether members are printed in the order of their keys, and not in that of a JavaScript object.
+    sorts: bool,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(text: &'a str) -> Self {
-        Self { text, position: 0, depth: 0 }
+        Self { text, position: 0, depth: 0, sorts: false }
+    }
+
+    /// A reader that prints members in the order of their keys.
+    pub(super) fn sorting(text: &'a str) -> Self {
+        Self { sorts: true, ..Self::new(text) }
     }
 
     fn syntax<T>(&self) -> Result<T, JsonError> {
@@ -196,11 +203,14 @@ impl<'a> Reader<'a> {
             self.print_value(out)?;
             members.push((key, from..out.len()));
         }
-        if !is_in_javascript_order(&members, |(key, _)| key.as_printed()) {
+        if self.sorts || !is_in_javascript_order(&members, |(key, _)| key.as_printed()) {
             let printed = out[start..].to_owned();
             out.truncate(start);
-            for (index, (_, range)) in in_javascript_order(members, |(key, _)| key.as_printed()).into_iter().enumerate()
-            {
+            let mut ordered = in_javascript_order(members, |(key, _)| key.as_printed());
+            if self.sorts {
+                ordered.sort_by_cached_key(|(key, _)| sorting_key(key));
+            }
+            for (index, (_, range)) in ordered.into_iter().enumerate() {
                 if index > 0 {
                     out.push(',');
                 }
@@ -418,4 +428,9 @@ fn in_javascript_order<T>(members: Vec<T>, key: impl Fn(&T) -> &str) -> Vec<T> {
     // A stable sort: named members keep the order in which they were first set.
     ordered.sort_by_key(|member| array_index(key(member)).map_or((1, 0), |index| (0, index)));
     ordered
+}
+
+/// What JavaScript sorts a key by: its UTF-16 units.
+pub(crate) fn sorting_key(key: &JsonString) -> Vec<u16> {
+    key.to_text().encode_utf16().collect()
 }
