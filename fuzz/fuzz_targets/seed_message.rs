@@ -1,0 +1,45 @@
+//! What a GenosDB peer sends over its data channel: frames, and in them operations, envelopes and signatures. The input
+//! is a run of frames, each behind its length in two bytes.
+#![no_main]
+
+use genosdb::frame::Frame;
+use genosdb::{Batch, Content, Envelope, Limits, MemoryGraph, Operation, Reassembler, signature};
+
+/// Any time of day will do.
+const NOW_MS: u64 = 1_795_337_371_021;
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let limits = Limits { message_bytes: 1 << 20, unfinished_bytes: 1 << 20, ..Limits::default() };
+    let mut reassembler = Reassembler::new(limits);
+    let mut graph = MemoryGraph::default();
+    let mut rest = bytes;
+    while let Some((length, more)) = rest.split_first_chunk::<2>() {
+        let length = usize::from(u16::from_be_bytes(*length)).min(more.len());
+        let (frame, more) = more.split_at(length);
+        rest = more;
+        let Ok(frame) = Frame::parse(frame) else { continue };
+        let Ok(Some((_, content))) = reassembler.push(&frame) else { continue };
+        let (Content::Json(text) | Content::Text(text) | Content::Binary { meta: Some(text), .. }) = content else {
+            continue;
+        };
+        if let Ok(envelope) = Envelope::parse(&text) {
+            let _ = envelope.letter();
+            assert_eq!(Envelope::parse(&envelope.print()).as_ref(), Ok(&envelope));
+        }
+        let _ = signature::verify(&text);
+        let Ok(batch) = Batch::parse(&text) else { continue };
+        for operation in &batch.operations {
+            match operation {
+                Operation::FullStateSync(state) => drop(graph.merge(state, NOW_MS)),
+                Operation::DeltaSync(delta) => {
+                    for operation in &delta.operations {
+                        graph.apply(operation, NOW_MS);
+                    }
+                }
+                other => drop(graph.apply(other, NOW_MS)),
+            }
+        }
+        let printed = Batch::print(&batch.operations);
+        assert_eq!(Batch::parse(&printed).map(|again| again.operations), Ok(batch.operations));
+    }
+});
