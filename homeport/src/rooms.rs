@@ -1,11 +1,11 @@
 //! `homeport rooms`: what rooms a running seed is in, and how that changes without a restart.
 
 use std::io::Read as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
-use seed_peer::{Bridge, RoomStatus, Source};
+use seed_peer::{Bridge, Doubtful, RoomStatus, Source, Verification};
 
 use crate::admin::{self, Request, Response};
 use crate::settings::{self, CellsSettings};
@@ -59,6 +59,11 @@ enum RoomsCommand {
         /// The database's name
         name: String,
     },
+    /// Check the signature of every logged operation, and name those that do not hold; exit code 1 if there are any
+    Verify {
+        /// The database's name
+        name: String,
+    },
     /// Leave a room that was added; what is archived stays, and is there again when the room is
     Remove {
         /// The database's name
@@ -98,6 +103,7 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
             print!("{}", details(room));
             return Ok(());
         }
+        RoomsCommand::Verify { name } => return verify(data, &name),
         RoomsCommand::Add { name, password_file, cell_size, bridge } => {
             let password = password_file.as_ref().map(read_password).transpose()?.unwrap_or_default();
             let cells = cell_size.map(|cell_size| CellsSettings { cell_size, bridge: bridge.unwrap_or_default() });
@@ -111,6 +117,24 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
         Response::Refused { reason } => bail!("{reason}"),
         Response::Done | Response::Rooms { .. } => Ok(()),
     }
+}
+
+/// Checks a room's log in the archive itself, whether a homeport runs on it or not.
+fn verify(data: &Path, name: &str) -> anyhow::Result<()> {
+    let mut doubtful = 0u64;
+    let Verification { signed, unsigned, nodes, authors } =
+        seed_peer::verify_room(data, name, |Doubtful { seq, received_ms, reason }| {
+            doubtful += 1;
+            println!("operation {seq}, accepted at {received_ms} ms: {reason}");
+        })?;
+    println!("{signed} operations hold, {unsigned} are not signed, {nodes} nodes came with the state of a peer");
+    for (author, count) in authors {
+        println!("  {author}  {count}");
+    }
+    if doubtful > 0 {
+        bail!("{doubtful} operations do not hold");
+    }
+    Ok(())
 }
 
 /// The first line of a file: on a command line, everybody could read it.

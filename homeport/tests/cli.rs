@@ -227,6 +227,8 @@ fn rooms_come_and_go_without_a_restart_and_are_remembered() {
     assert!(summary.contains("guarded") && !summary.contains("crowd"), "{summary}");
     rooms(folder.path(), &["resume", "crowd"], true);
     assert!(rooms(folder.path(), &["show", "crowd"], true).contains("1 cells, 0 bridged"));
+    assert!(rooms(folder.path(), &["verify", "crowd"], true).contains("0 operations hold"));
+    assert!(rooms(folder.path(), &["verify", "nobody"], false).contains("no room of that name"));
     rooms(folder.path(), &["remove", "guarded"], true);
     let json: serde_json::Value = serde_json::from_str(&rooms(folder.path(), &["list", "--json"], true)).unwrap();
     let names: Vec<&str> = json.as_array().unwrap().iter().map(|room| room["name"].as_str().unwrap()).collect();

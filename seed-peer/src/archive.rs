@@ -10,7 +10,7 @@ mod compaction;
 mod graph;
 mod reader;
 mod room_rows;
-mod schema;
+pub(crate) mod schema;
 mod writer;
 
 use std::collections::{HashMap, HashSet};
@@ -32,6 +32,7 @@ use crate::rooms::{Respond, RoomError, Source};
 use crate::server::RoomConfig;
 use reader::Reader;
 use schema::ArchiveFile;
+pub(crate) use schema::FILE_NAME;
 pub use schema::OpenError;
 use writer::Writer;
 

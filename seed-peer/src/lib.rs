@@ -15,6 +15,7 @@ mod rooms;
 mod roster;
 mod server;
 mod signalling;
+mod verify;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, OpenError};
@@ -22,3 +23,4 @@ pub use cells::{Bridge, CellsConfig};
 pub use relay_key::{RelayKey, RelayKeyError};
 pub use rooms::{RoomError, RoomStatus, Rooms, Source};
 pub use server::{Config, RoomConfig, Server, StartError};
+pub use verify::{Doubtful, Verification, VerifyError, verify_room};
