@@ -13,6 +13,9 @@ const QUIET: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A peer that fell silent without a bye is taken for gone after so long.
 const SILENCE: Duration = Duration::from_secs(30);
+/// One that has closed its link in order, and may only have pruned it, after so long: in large rooms relays pass announces
+/// on every 30 s.
+const AFTER_CLOSING: Duration = Duration::from_secs(70);
 /// A peer that no link tells of is gone when it was not heard for so long: tabs in the background announce once a
 /// minute, and relays economise.
 const UNHEARD: Duration = Duration::from_secs(150);
@@ -29,8 +32,8 @@ struct Entry {
     relay: RelayIndex,
     /// Open links to it: the seed may have several ids in a room.
     links: usize,
-    /// Since when it has been silent, if its last link died.
-    silent: Option<Instant>,
+    /// When it is taken for gone unless it is heard, if its last link has ended.
+    gone_at: Option<Instant>,
 }
 
 /// The peers of one room, without the seed.
@@ -65,13 +68,13 @@ impl Roster {
     /// A peer has said that it is here. Returns whether that is new.
     pub(crate) fn heard(&mut self, peer: PeerId, relay: RelayIndex, now: Instant) -> bool {
         if let Some(entry) = self.peers.get_mut(&peer) {
-            (entry.heard, entry.relay, entry.silent) = (now, relay, None);
+            (entry.heard, entry.relay, entry.gone_at) = (now, relay, None);
             return false;
         }
         if self.peers.len() >= MAX_PEERS {
             return false;
         }
-        self.peers.insert(peer, Entry { heard: now, relay, links: 0, silent: None });
+        self.peers.insert(peer, Entry { heard: now, relay, links: 0, gone_at: None });
         self.change(now);
         true
     }
@@ -92,10 +95,12 @@ impl Roster {
         if entry.links > 0 {
             return;
         }
+        // It was there until now, whatever relays passed on meanwhile.
+        entry.heard = now;
         if died && bridge {
             self.remove(peer, now);
         } else {
-            entry.silent = Some(now);
+            entry.gone_at = Some(now + if died { SILENCE } else { AFTER_CLOSING });
         }
     }
 
@@ -129,8 +134,8 @@ impl Roster {
         self.next_look = now + LOOK_INTERVAL;
         let before = self.peers.len();
         self.peers.retain(|_, entry| {
-            let silent = entry.silent.is_some_and(|since| now >= since + SILENCE);
-            entry.links > 0 || !(silent || now >= entry.heard + UNHEARD)
+            let is_gone = entry.gone_at.is_some_and(|at| now >= at) || now >= entry.heard + UNHEARD;
+            entry.links > 0 || !is_gone
         });
         if self.peers.len() < before {
             self.change(now);
@@ -207,6 +212,14 @@ mod tests {
         roster.look_through(start + SILENCE + LOOK_INTERVAL);
         assert_eq!(roster.iter().collect::<Vec<_>>(), [id(3)]);
         assert!(roster.is_due(start + SILENCE + LOOK_INTERVAL + QUIET));
+        // One that has pruned its link is heard of by its announces, however seldom they are.
+        roster.linked(id(4), RELAY, start);
+        roster.unlinked(id(4), false, true, start + SILENCE);
+        roster.look_through(start + SILENCE * 3);
+        assert_eq!(roster.len(), 2);
+        roster.heard(id(4), RELAY, start + SILENCE * 3);
+        roster.look_through(start + SILENCE * 5);
+        assert_eq!(roster.len(), 2);
         // A link says more than announces.
         roster.look_through(start + UNHEARD * 2);
         assert_eq!(roster.len(), 1);
