@@ -8,7 +8,7 @@ import socket
 import ssl
 import sys
 
-from aioice import turn
+from aioice import stun, turn
 
 PACKETS = 200
 SIZES = [1, 3, 100, 1200]
@@ -44,14 +44,23 @@ async def main(host, port, transport, user, password):
         context = ssl.create_default_context()
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-    endpoint, client = await turn.create_turn_endpoint(
-        Client,
-        server_addr=(host, port),
-        username=user,
-        password=password,
-        ssl=context,
-        transport="udp" if transport == "udp" else "tcp",
-    )
+    for attempt in range(5):
+        try:
+            endpoint, client = await turn.create_turn_endpoint(
+                Client,
+                server_addr=(host, port),
+                username=user,
+                password=password,
+                ssl=context,
+                transport="udp" if transport == "udp" else "tcp",
+            )
+            break
+        except stun.TransactionFailed as failure:
+            # A port of ours on which an earlier client left an allocation: RFC 8656, section 7.4, says to take another,
+            # which aioice leaves to us.
+            code, _ = failure.response.attributes["ERROR-CODE"]
+            if code != 437 or attempt == 4:
+                raise
     for number in range(PACKETS):
         data = bytes([number % 256]) * SIZES[number % len(SIZES)]
         endpoint.sendto(data, to)
