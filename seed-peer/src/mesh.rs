@@ -361,7 +361,7 @@ impl Mesh {
                 Action::Dial { peer, relay } => self.dial(now, room, us, peer, relay),
                 Action::Accept { peer, relay, sdp } => self.accept(now, room, us, peer, relay, &sdp),
                 Action::Complete { link, sdp, .. } => self.complete(now, link, &sdp),
-                Action::Drop { link, why, .. } => self.drop_link(link, why, now),
+                Action::Drop { link, why } => self.drop_link(link, why, now),
                 Action::Joined { peer, link } => self.joined(room, peer, link),
                 Action::Left { peer } => {
                     if let Some(room) = self.state.rooms.get(&room) {

@@ -54,7 +54,7 @@ pub(crate) enum Action {
     /// Give the answer of `peer` to the link that dialled it.
     Complete { peer: PeerId, link: LinkId, sdp: String },
     /// End a link that is of no more use.
-    Drop { peer: PeerId, link: LinkId, why: Why },
+    Drop { link: LinkId, why: Why },
     /// `peer` is here, on this link.
     Joined { peer: PeerId, link: LinkId },
     /// `peer` is no longer linked.
@@ -176,14 +176,14 @@ impl RoomPeer {
         self.announced = Some(now);
         self.next_announce = now + if is_busy { ANNOUNCE_INTERVAL } else { IDLE_ANNOUNCE_INTERVAL };
         let mut late = Vec::new();
-        for (peer, known) in &mut self.peers {
+        for known in self.peers.values() {
             let dialling = known.dialling.iter().filter(|(_, since)| now >= *since + DIAL_TIMEOUT);
             let accepting = known.accepting.iter().filter(|(_, since)| now >= *since + ACCEPT_TIMEOUT);
-            late.extend(dialling.chain(accepting).map(|(link, _)| (*peer, *link)));
+            late.extend(dialling.chain(accepting).map(|(link, _)| *link));
         }
-        for (peer, link) in late {
+        for link in late {
             self.forget(link);
-            actions.push(Action::Drop { peer, link, why: Why::Late });
+            actions.push(Action::Drop { link, why: Why::Late });
         }
     }
 
@@ -245,7 +245,7 @@ impl RoomPeer {
             }
             known.dialling = None;
             self.pending -= 1;
-            actions.push(Action::Drop { peer, link, why: Why::Replaced });
+            actions.push(Action::Drop { link, why: Why::Replaced });
         }
         let known = self.peers.entry(peer).or_default();
         if known.accepting.len() >= MAX_ACCEPTING {
@@ -265,9 +265,9 @@ impl RoomPeer {
         let Some(known) = self.peers.remove(&peer) else { return };
         let pending = known.dialling.iter().chain(&known.accepting);
         self.pending -= pending.clone().count();
-        actions.extend(pending.map(|(link, _)| Action::Drop { peer, link: *link, why }));
+        actions.extend(pending.map(|(link, _)| Action::Drop { link: *link, why }));
         if let Some(link) = known.open {
-            actions.push(Action::Drop { peer, link, why });
+            actions.push(Action::Drop { link, why });
             actions.push(Action::Left { peer });
         }
     }
@@ -298,7 +298,7 @@ impl RoomPeer {
         let others: Vec<LinkId> = others.chain(known.accepting.drain(..).map(|(link, _)| link)).collect();
         known.open = Some(link);
         self.pending = self.count_pending();
-        actions.extend(others.into_iter().map(|link| Action::Drop { peer, link, why: Why::Replaced }));
+        actions.extend(others.into_iter().map(|link| Action::Drop { link, why: Why::Replaced }));
         actions.push(Action::Joined { peer, link });
     }
 
@@ -398,10 +398,7 @@ mod tests {
         let actions = hear(&mut lesser, id('a'), offer());
         assert_eq!(
             actions,
-            [
-                Action::Drop { peer: id('a'), link: 1, why: Why::Replaced },
-                Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }
-            ]
+            [Action::Drop { link: 1, why: Why::Replaced }, Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }]
         );
         assert_eq!(lesser.pending, 0);
     }
@@ -417,7 +414,7 @@ mod tests {
         assert_eq!(room.links().collect::<Vec<_>>(), [(id('a'), 1)]);
         assert_eq!(
             opened(&mut room, 'a', 2),
-            [Action::Drop { peer: id('a'), link: 1, why: Why::Replaced }, Action::Joined { peer: id('a'), link: 2 }]
+            [Action::Drop { link: 1, why: Why::Replaced }, Action::Joined { peer: id('a'), link: 2 }]
         );
         let mut actions = Vec::new();
         room.link_closed(id('a'), 1, &mut actions);
@@ -436,7 +433,7 @@ mod tests {
         now += ACCEPT_TIMEOUT;
         let mut actions = Vec::new();
         room.tick(now, &mut actions);
-        assert_eq!(actions, [Action::Announce, Action::Drop { peer: id('a'), link: 2, why: Why::Late }]);
+        assert_eq!(actions, [Action::Announce, Action::Drop { link: 2, why: Why::Late }]);
         assert_eq!(room.links().collect::<Vec<_>>(), [(id('a'), 1)]);
     }
 
@@ -450,8 +447,8 @@ mod tests {
         assert_eq!(
             actions,
             [
-                Action::Drop { peer: id('a'), link: 2, why: Why::Bye },
-                Action::Drop { peer: id('a'), link: 1, why: Why::Bye },
+                Action::Drop { link: 2, why: Why::Bye },
+                Action::Drop { link: 1, why: Why::Bye },
                 Action::Left { peer: id('a') }
             ]
         );
@@ -482,7 +479,7 @@ mod tests {
         now += DIAL_TIMEOUT;
         let mut actions = Vec::new();
         room.tick(now, &mut actions);
-        assert_eq!(actions, [Action::Announce, Action::Drop { peer: id('a'), link: 1, why: Why::Late }]);
+        assert_eq!(actions, [Action::Announce, Action::Drop { link: 1, why: Why::Late }]);
         let actions = hear(&mut room, id('a'), Said::Announce);
         assert!(matches!(actions[..], [Action::Dial { .. }]));
     }
