@@ -133,8 +133,17 @@ pub struct Merged {
     pub sender_lacks: bool,
 }
 
-/// Merges a peer's full state node by node. `accept` may refuse a node (too large, too many): it is then left
-/// out as if the peer had not sent it.
+/// What a full state would change.
+#[derive(Debug, Clone, Copy)]
+pub enum News<'a> {
+    /// A node that is new here, or newer.
+    Node(&'a Node),
+    /// A removal of a node that is here, or was never heard of.
+    Removal(&'a Removal),
+}
+
+/// Merges a peer's full state node by node. `accept` may refuse what is news (too large, too many, not permitted): it
+/// is then left out, and the peer does not count as lacking what we have in its place.
 ///
 /// # Errors
 /// Those of the store.
@@ -142,16 +151,24 @@ pub fn merge<S: Store>(
     store: &mut S,
     state: &FullStateSync,
     wall_ms: u64,
-    mut accept: impl FnMut(&Node) -> bool,
+    mut accept: impl FnMut(&mut S, News<'_>) -> Result<bool, S::Error>,
 ) -> Result<Merged, S::Error> {
     let mut merged = Merged::default();
+    let mut held = 0;
+    let told: HashSet<&JsonString> = state.nodes.iter().map(|node| &node.id).collect();
     for removal in &state.removals {
         let timestamp = removal.timestamp.capped(wall_ms);
+        if store.removed(&removal.id)? >= Some(timestamp) {
+            continue;
+        }
+        if !accept(store, News::Removal(removal))? {
+            held += u64::from(!told.contains(&removal.id) && store.timestamp(&removal.id)?.is_some());
+            continue;
+        }
         if apply_removal(store, &removal.id, timestamp)? == Outcome::Applied {
             merged.removals.push(Removal { id: removal.id.clone(), timestamp });
         }
     }
-    let mut held = 0;
     let mut taken = HashSet::new();
     let mut completed = Vec::new();
     for node in &state.nodes {
@@ -172,7 +189,7 @@ pub fn merge<S: Store>(
                 }
             }
             current => {
-                if !accept(node) {
+                if !accept(store, News::Node(node))? {
                     held += u64::from(current.is_some());
                     continue;
                 }
@@ -211,7 +228,7 @@ pub fn merge<S: Store>(
         let told: HashSet<&JsonString> = theirs.edges.iter().collect();
         let theirs_has_all = ours.edges.iter().all(|target| told.contains(target));
         merged.sender_lacks |= order == Ordering::Less || !theirs_has_all;
-        if (theirs_is_greater || !missed.is_empty()) && accept(theirs) {
+        if (theirs_is_greater || !missed.is_empty()) && accept(store, News::Node(theirs))? {
             ours.edges.append(&mut missed);
             if theirs_is_greater {
                 (ours.value, ours.extra) = (theirs.value.clone(), theirs.extra.clone());
@@ -252,7 +269,7 @@ impl MemoryGraph {
 
     /// Merges a full state, see [`merge`].
     pub fn merge(&mut self, state: &FullStateSync, wall_ms: u64) -> Merged {
-        let Ok(merged) = merge(self, state, wall_ms, |_| true);
+        let Ok(merged) = merge(self, state, wall_ms, |_, _| Ok(true));
         merged
     }
 

@@ -6,11 +6,14 @@
 //! [`Json`] is the printed text itself, normalised once at the edge. Signatures are made over that text.
 
 mod reader;
+mod value;
 
 use std::fmt;
 
-pub(crate) use reader::sorting_key;
+pub use reader::Order;
 use reader::{Reader, WHITE_SPACE, print_char};
+pub(crate) use reader::{sorted_place, sorting_key};
+pub use value::Value;
 
 /// How deep arrays and objects may nest.
 pub const MAX_DEPTH: usize = 128;
@@ -47,12 +50,12 @@ impl Json {
         Ok(value)
     }
 
-    /// Parses a whole text; the members of every object are then in the order of their keys.
+    /// Parses a whole text; the members of every object are then in `order`.
     ///
     /// # Errors
     /// See [`Json::parse`].
-    pub fn parse_sorted(text: &str) -> Result<Self, JsonError> {
-        let mut reader = Reader::sorting(text);
+    pub fn parse_in(text: &str, order: Order) -> Result<Self, JsonError> {
+        let mut reader = Reader::ordering(text, order);
         let value = reader.value()?;
         reader.end()?;
         Ok(value)

@@ -101,7 +101,7 @@ mod tests {
     #[test]
     fn what_holds_is_counted_and_what_does_not_is_named() {
         let folder = tempfile::tempdir().unwrap();
-        let identity = Identity::from_key(&"42".repeat(32)).unwrap();
+        let identity = Identity::parse(&"42".repeat(32)).unwrap();
         let upsert =
             |id: &str| format!(r#"{{"type":"upsert","id":"{id}","value":1,"timestamp":{{"physical":5,"logical":1}}}}"#);
         let signed = identity.sign(&upsert("a")).unwrap();

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::{Json, JsonError, JsonString, MAX_DEPTH, Members};
+use super::{Json, JsonError, JsonString, MAX_DEPTH, Members, Value};
 
 /// What JSON calls white space (RFC 8259, section 2).
 pub(super) const WHITE_SPACE: [char; 4] = [' ', '\t', '\n', '\r'];
@@ -12,18 +12,28 @@ pub(super) struct Reader<'a> {
     text: &'a str,
     position: usize,
     depth: usize,
-    /// Whether members are printed in the order of their keys, and not in that of a JavaScript object.
-    sorts: bool,
+    order: Order,
+}
+
+/// The order in which the members of an object are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// As JavaScript lists them: index-like keys first, then in the order in which they were set.
+    Object,
+    /// As in an object whose members were set in the order of their keys: index-like keys first, ascending.
+    Sorted,
+    /// By their keys as text, index-like ones too.
+    SortedAsText,
 }
 
 impl<'a> Reader<'a> {
     pub(super) fn new(text: &'a str) -> Self {
-        Self { text, position: 0, depth: 0, sorts: false }
+        Self { text, position: 0, depth: 0, order: Order::Object }
     }
 
-    /// A reader that prints members in the order of their keys.
-    pub(super) fn sorting(text: &'a str) -> Self {
-        Self { sorts: true, ..Self::new(text) }
+    /// A reader that prints members in an order of their own.
+    pub(super) fn ordering(text: &'a str, order: Order) -> Self {
+        Self { order, ..Self::new(text) }
     }
 
     fn syntax<T>(&self) -> Result<T, JsonError> {
@@ -96,6 +106,38 @@ impl<'a> Reader<'a> {
         let mut printed = String::new();
         self.print_value(&mut printed)?;
         Ok(Json(printed.into_boxed_str()))
+    }
+
+    /// Reads a value as a tree.
+    pub(super) fn tree(&mut self) -> Result<Value, JsonError> {
+        Ok(match self.peek() {
+            Some(b'{') => {
+                self.open(b'{', "an object")?;
+                let mut members = Vec::new();
+                while self.more(b'}', members.is_empty())? {
+                    let key = self.key()?;
+                    members.push((key, self.tree()?));
+                }
+                let members = in_javascript_order(members, |(key, _)| key.as_printed());
+                Value::Object(members.into_iter().map(|(key, value)| (key.to_text(), value)).collect())
+            }
+            Some(b'[') => {
+                self.open(b'[', "an array")?;
+                let mut elements = Vec::new();
+                while self.more(b']', elements.is_empty())? {
+                    elements.push(self.tree()?);
+                }
+                Value::Array(elements)
+            }
+            Some(b'"') => Value::String(self.string()?.to_text()),
+            _ => match self.scalar()? {
+                "null" => Value::Null,
+                "true" => Value::Bool(true),
+                "false" => Value::Bool(false),
+                // A number too great for JavaScript is Infinity there, as it is here.
+                number => Value::Number(number.parse().unwrap_or(f64::NAN)),
+            },
+        })
     }
 
     /// Skips one value and returns its text, checked.
@@ -203,12 +245,14 @@ impl<'a> Reader<'a> {
             self.print_value(out)?;
             members.push((key, from..out.len()));
         }
-        if self.sorts || !is_in_javascript_order(&members, |(key, _)| key.as_printed()) {
+        if self.order != Order::Object || !is_in_javascript_order(&members, |(key, _)| key.as_printed()) {
             let printed = out[start..].to_owned();
             out.truncate(start);
             let mut ordered = in_javascript_order(members, |(key, _)| key.as_printed());
-            if self.sorts {
-                ordered.sort_by_cached_key(|(key, _)| sorting_key(key));
+            match self.order {
+                Order::Object => {}
+                Order::Sorted => ordered.sort_by_cached_key(|(key, _)| sorted_place(key)),
+                Order::SortedAsText => ordered.sort_by_cached_key(|(key, _)| sorting_key(key)),
             }
             for (index, (_, range)) in ordered.into_iter().enumerate() {
                 if index > 0 {
@@ -432,5 +476,21 @@ fn in_javascript_order<T>(members: Vec<T>, key: impl Fn(&T) -> &str) -> Vec<T> {
 
 /// What JavaScript sorts a key by: its UTF-16 units.
 pub(crate) fn sorting_key(key: &JsonString) -> Vec<u16> {
-    key.to_text().encode_utf16().collect()
+    let quoted = key.to_string();
+    let mut units = Vec::with_capacity(key.as_printed().len());
+    let mut each = |unit: Result<char, u16>| match unit {
+        Ok(character) => units.extend_from_slice(character.encode_utf16(&mut [0; 2])),
+        Err(surrogate) => units.push(surrogate),
+    };
+    // The printed form parses: this module made it.
+    let _ = Reader::new(&quoted).string_units(&mut each);
+    units
+}
+
+/// Where a key stands in an object whose members were set in the order of their keys: index-like ones come first.
+pub(crate) fn sorted_place(key: &JsonString) -> (u64, Vec<u16>) {
+    match array_index(key.as_printed()) {
+        Some(index) => (index.into(), Vec::new()),
+        None => (u64::MAX, sorting_key(key)),
+    }
 }
