@@ -60,6 +60,11 @@ impl Rules {
         self.0.is_empty()
     }
 
+    /// Whether a ruling may come with time alone.
+    pub fn wait(&self) -> bool {
+        self.0.iter().any(|rule| rule.age_ms > 0)
+    }
+
     /// The value that a user's node is to have, if another than it has. `wall_ms` is the time of day.
     pub fn ruling(&self, node: &Node, policy: &Policy, wall_ms: u64) -> Option<Json> {
         user_of(&node.id).filter(|address| !policy.super_admins.contains(address))?;

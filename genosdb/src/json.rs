@@ -10,9 +10,9 @@ mod value;
 
 use std::fmt;
 
-pub use reader::Order;
+pub(crate) use reader::sorting_key;
+pub use reader::{Order, sorted_place};
 use reader::{Reader, WHITE_SPACE, print_char};
-pub(crate) use reader::{sorted_place, sorting_key};
 pub use value::Value;
 
 /// How deep arrays and objects may nest.

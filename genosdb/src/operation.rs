@@ -158,6 +158,19 @@ impl Batch {
         Ok(Self { operations, malformed })
     }
 
+    /// Parses a message; each operation comes with its text, which signatures are checked against. Also returns how
+    /// many operations, nodes and removals were malformed.
+    ///
+    /// # Errors
+    /// See [`Batch::parse`].
+    pub fn parse_with_text(text: &str) -> Result<(Vec<(Operation, &str)>, usize), JsonError> {
+        let mut malformed = 0;
+        let operations = lenient(&json::elements(text)?, &mut malformed, |text, malformed| {
+            Ok((Operation::parse(text, malformed)?, text))
+        });
+        Ok((operations, malformed))
+    }
+
     /// The text of a message that carries `operations`.
     pub fn print(operations: &[Operation]) -> String {
         let mut text = String::from("[");
@@ -168,6 +181,18 @@ impl Batch {
 }
 
 impl Operation {
+    /// The members that this version does not know, those of a signature among them.
+    pub fn extra_mut(&mut self) -> &mut Extra {
+        match self {
+            Self::Upsert(Upsert { extra, .. })
+            | Self::Remove(Remove { extra, .. })
+            | Self::Link(Link { extra, .. })
+            | Self::Sync(Sync { extra, .. })
+            | Self::DeltaSync(DeltaSync { extra, .. })
+            | Self::FullStateSync(FullStateSync { extra, .. }) => extra,
+        }
+    }
+
     /// Parses one operation. `malformed` counts what is left out inside a delta or a full state.
     ///
     /// # Errors
@@ -329,10 +354,10 @@ impl Removal {
 }
 
 /// Parses what can be parsed, and counts the rest.
-fn lenient<T>(
-    raw: &[&str],
+fn lenient<'a, T>(
+    raw: &[&'a str],
     malformed: &mut usize,
-    mut parse: impl FnMut(&str, &mut usize) -> Result<T, OperationError>,
+    mut parse: impl FnMut(&'a str, &mut usize) -> Result<T, OperationError>,
 ) -> Vec<T> {
     let mut parsed = Vec::with_capacity(raw.len());
     for text in raw {

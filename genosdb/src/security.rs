@@ -57,6 +57,13 @@ impl Attested {
     }
 }
 
+/// Takes what says who signed an operation out of it: for where the signature does not hold any more.
+pub fn unsign(operation: &mut Operation) {
+    operation
+        .extra_mut()
+        .retain(|(name, _)| !matches!(name.as_printed(), "originUser" | "originEthAddress" | "signature"));
+}
+
 /// What somebody wants to do to a graph.
 #[derive(Debug, Clone, Copy)]
 pub enum Change<'a> {
@@ -150,6 +157,23 @@ impl Policy {
                         || self.permits_value(&standing, before.as_ref(), &node.id, node.value.as_ref()))
             }
         })
+    }
+
+    /// Whether a node or removal in the full state of somebody who does not sign may be taken, where the one who runs
+    /// the room lets that be: nothing of users' nodes, and nothing that belongs to somebody.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub fn permits_unsigned<S: Store>(&self, store: &mut S, change: Change<'_>) -> Result<bool, S::Error> {
+        let (id, value) = match change {
+            Change::Upsert(id, value) => (id, value),
+            Change::Remove(id) | Change::Link(id) => (id, None),
+            Change::Node(node) => (&node.id, node.value.as_ref()),
+        };
+        let before = store.node(id)?.and_then(|node| node.value);
+        let is_owned =
+            |value: Option<&Json>| self.acls && value.map(Value::from).as_ref().and_then(Acl::read).is_some();
+        Ok(!is_user(id) && !is_owned(before.as_ref()) && !is_owned(value))
     }
 
     /// The role that `address` has at `wall_ms`.

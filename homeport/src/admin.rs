@@ -11,13 +11,13 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use relay::ServedRooms;
-use seed_peer::{RoomConfig, RoomError, RoomStatus, Rooms};
+use seed_peer::{RoomConfig, RoomError, RoomStatus, Rooms, Security};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
-use crate::settings::CellsSettings;
+use crate::settings::{self, CellsSettings};
 
 /// The socket's name in the data folder.
 const NAME: &str = "admin.sock";
@@ -33,7 +33,13 @@ pub(crate) enum Request {
     /// The rooms as they are.
     List,
     /// Join a room.
-    Add { name: String, password: String, cells: Option<CellsSettings> },
+    Add {
+        name: String,
+        password: String,
+        cells: Option<CellsSettings>,
+        #[serde(default)]
+        super_admins: Vec<String>,
+    },
     /// Stay out of a room for now.
     Pause { name: String },
     /// Join a paused room again.
@@ -122,14 +128,18 @@ async fn serve(stream: UnixStream, rooms: &Rooms, served: Option<&ServedRooms>) 
 async fn grant(request: Request, rooms: &Rooms, served: Option<&ServedRooms>) -> Result<Response, RoomError> {
     match request {
         Request::List => return Ok(Response::Rooms { rooms: rooms.list().await? }),
-        Request::Add { name, password, cells } => {
+        Request::Add { name, password, cells, super_admins } => {
             if name.is_empty() {
                 return Ok(Response::Refused { reason: "a room needs the name of its database".into() });
             }
             if let Some(problem) = cells.and_then(CellsSettings::problem) {
                 return Ok(Response::Refused { reason: problem.into() });
             }
-            let config = RoomConfig { name: name.clone(), password, cells: cells.map(CellsSettings::config) };
+            let security = match settings::super_admins(&super_admins) {
+                Ok(super_admins) => Security::of(super_admins),
+                Err(reason) => return Ok(Response::Refused { reason }),
+            };
+            let config = RoomConfig { name: name.clone(), password, cells: cells.map(CellsSettings::config), security };
             // Before the seed is there: its first announce is to get through.
             if let Some(served) = served {
                 served.set(&name, true);

@@ -48,6 +48,9 @@ enum RoomsCommand {
         /// What the seed is to the cells: one, every or off
         #[arg(long, value_name = "WHICH", requires = "cell_size", value_parser = parse_bridge)]
         bridge: Option<Bridge>,
+        /// Somebody who rules the room: an address of Ethereum; may be given several times
+        #[arg(long, value_name = "ADDRESS")]
+        super_admin: Vec<String>,
     },
     /// Leave a room for now; what is archived stays
     Pause {
@@ -104,10 +107,10 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
             return Ok(());
         }
         RoomsCommand::Verify { name } => return verify(data, &name),
-        RoomsCommand::Add { name, password_file, cell_size, bridge } => {
+        RoomsCommand::Add { name, password_file, cell_size, bridge, super_admin } => {
             let password = password_file.as_ref().map(read_password).transpose()?.unwrap_or_default();
             let cells = cell_size.map(|cell_size| CellsSettings { cell_size, bridge: bridge.unwrap_or_default() });
-            Request::Add { name, password, cells }
+            Request::Add { name, password, cells, super_admins: super_admin }
         }
         RoomsCommand::Pause { name } => Request::Pause { name },
         RoomsCommand::Resume { name } => Request::Resume { name },
@@ -122,12 +125,15 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
 /// Checks a room's log in the archive itself, whether a homeport runs on it or not.
 fn verify(data: &Path, name: &str) -> anyhow::Result<()> {
     let mut doubtful = 0u64;
-    let Verification { signed, unsigned, nodes, authors } =
+    let Verification { signed, vouched, unsigned, nodes, authors } =
         seed_peer::verify_room(data, name, |Doubtful { seq, received_ms, reason }| {
             doubtful += 1;
             println!("operation {seq}, accepted at {received_ms} ms: {reason}");
         })?;
-    println!("{signed} operations hold, {unsigned} are not signed, {nodes} nodes came with the state of a peer");
+    println!(
+        "{signed} operations hold, {vouched} stand on the word of who sent them, {unsigned} are not signed, \
+         {nodes} nodes came with the state of a peer"
+    );
     for (author, count) in authors {
         println!("  {author}  {count}");
     }

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
 use turn_server::TlsFiles;
 
-pub(crate) use self::seed::{CellsSettings, SeedSettings};
+pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
 pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.

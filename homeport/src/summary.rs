@@ -15,6 +15,8 @@ pub(crate) struct Summary {
     pub(crate) turn: Option<TurnSummary>,
     /// Where links arrive, and the archive's folder.
     pub(crate) seed: Option<(SocketAddr, PathBuf)>,
+    /// The address of the identity that signs.
+    pub(crate) identity: Option<String>,
     /// The rooms that the seed stays in.
     pub(crate) rooms: Vec<String>,
     /// Where metrics are.
@@ -56,6 +58,9 @@ impl Summary {
                 self.rooms.join(", ")
             };
             row("rooms", rooms);
+            if let Some(identity) = &self.identity {
+                row("signs as", identity.clone());
+            }
         }
         if let Some(metrics) = self.metrics {
             row("metrics", format!("http://{metrics}/metrics"));
@@ -95,6 +100,7 @@ mod tests {
             relay: Some(("[::]:8080".parse().unwrap(), None)),
             turn: Some(TurnSummary { external_ip: "203.0.113.7".parse().unwrap(), port: 3478, tls_port: Some(5349) }),
             seed: Some(("[::]:3479".parse().unwrap(), "homeport-data".into())),
+            identity: Some("0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266".into()),
             rooms: vec!["it's \"mine\"".into()],
             metrics: Some("127.0.0.1:9464".parse().unwrap()),
         };
@@ -105,6 +111,7 @@ mod tests {
             "turns:203.0.113.7:5349",
             "3479",
             "homeport-data",
+            "0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266",
             "http://127.0.0.1:9464/metrics",
             "fetch(\"http://127.0.0.1:8080/client-config.json\")",
             r#"gdb("it's \"mine\"", { rtc })"#,

@@ -7,10 +7,13 @@
 
 mod answer;
 mod compaction;
+mod edits;
 mod graph;
+mod merging;
 mod reader;
 mod room_rows;
 pub(crate) mod schema;
+mod verifier;
 mod writer;
 
 use std::collections::{HashMap, HashSet};
@@ -20,7 +23,9 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use genosdb::operation::Operation;
+use genosdb::operation::{Node, Operation, Removal};
+use genosdb::security::Attested;
+use genosdb::signature::Identity;
 use genosdb::{Hlc, Message, PeerId};
 use service::{Health, State};
 use tokio::sync::mpsc::UnboundedSender;
@@ -29,14 +34,17 @@ use crate::links::LinkId;
 use crate::mesh::RoomId;
 use crate::metrics::Metrics;
 use crate::rooms::{Respond, RoomError, Source};
+use crate::security::Security;
 use crate::server::RoomConfig;
 use reader::Reader;
 use schema::ArchiveFile;
 pub(crate) use schema::FILE_NAME;
 pub use schema::OpenError;
+use verifier::{Task, Verifier};
 use writer::Writer;
 
 pub(crate) use answer::Known;
+pub use edits::{Edit, EditError, Imported, Written};
 
 /// Requests that wait for the archive's thread, at most.
 const QUEUE_REQUESTS: usize = 8_192;
@@ -64,6 +72,16 @@ impl Default for Bounds {
     }
 }
 
+/// How to keep the archive.
+#[derive(Debug, Default)]
+pub(crate) struct ArchiveConfig {
+    pub(crate) bounds: Bounds,
+    /// What is older is compacted; `None`: nothing is.
+    pub(crate) keep: Option<Duration>,
+    /// Who signs what the archive answers.
+    pub(crate) identity: Option<Arc<Identity>>,
+}
+
 /// Where a room stands in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct RoomKey(i64);
@@ -77,11 +95,29 @@ pub(crate) enum Asker {
     Room(RoomId),
 }
 
+/// What a peer sent.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// In a room where nobody rules.
+    Plain(Vec<Operation>),
+    /// In a room with super admins: each operation with the text that it came as.
+    WithText(Vec<(Operation, String)>),
+}
+
+/// What a peer sent, as far as it can be checked without the graph.
+#[derive(Debug)]
+enum Checked {
+    /// In a room where nobody rules.
+    Plain(Vec<Operation>),
+    /// In a room with super admins.
+    Attested(Vec<Attested>),
+}
+
 /// What is asked of the archive's writer.
 #[derive(Debug)]
 enum Request {
     /// Merge what a peer sent. `bytes` is the size of its message.
-    Merge { room: RoomKey, asker: Asker, operations: Vec<Operation>, wall_ms: u64, bytes: usize },
+    Merge { room: RoomKey, asker: Asker, operations: Checked, wall_ms: u64, bytes: usize },
     /// Answer a peer's `sync`, after what was merged before.
     Answer(Question),
     /// Find or make the row of a room.
@@ -90,6 +126,12 @@ enum Request {
     Pause { room: RoomKey, paused: bool, respond: Respond },
     /// Do not join a room any more that was added.
     Forget { room: RoomKey, respond: Respond },
+    /// Write as the one who runs the seed.
+    Edit { room: RoomKey, edits: Vec<Edit>, wall_ms: u64, respond: Respond<Written> },
+    /// Take nodes and removals over as they are.
+    Import { room: RoomKey, nodes: Vec<Node>, removals: Vec<Removal>, wall_ms: u64, respond: Respond<Imported> },
+    /// Give and take roles by the room's rules.
+    Govern { room: RoomKey, wall_ms: u64 },
 }
 
 /// A peer's `sync`.
@@ -109,6 +151,8 @@ pub(crate) enum Reply {
     RoomLacks { room: RoomId },
     /// The highest timestamp of a room has changed.
     Latest { room: RoomKey, latest: Hlc },
+    /// The seed itself has written to a room: tell its peers.
+    Wrote { room: RoomKey, message: Message },
     /// Messages of a room were dropped while the disk refused: ask its peers for everything.
     Missed { room: RoomKey },
     /// A room's row is there.
@@ -129,7 +173,11 @@ pub(crate) struct OpenRoom {
 /// A handle on the archive's threads.
 pub(crate) struct Archive {
     requests: SyncSender<Request>,
+    /// There is one once there is a room with super admins.
+    verifier: Option<Verifier>,
+    ruled: HashSet<RoomKey>,
     shared: Arc<Shared>,
+    metrics: Metrics,
     thread: std::thread::JoinHandle<()>,
 }
 
@@ -148,19 +196,19 @@ impl Shared {
 /// The archive is open; rooms are named before it starts to take requests.
 pub(crate) struct Opened {
     file: ArchiveFile,
-    names: HashMap<RoomKey, String>,
+    rooms: HashMap<RoomKey, (String, Option<Arc<Security>>)>,
 }
 
 impl Opened {
     /// Opens or creates the archive in `folder`.
     pub(crate) fn open(folder: &Path) -> Result<Self, OpenError> {
-        Ok(Self { file: schema::open(folder)?, names: HashMap::new() })
+        Ok(Self { file: schema::open(folder)?, rooms: HashMap::new() })
     }
 
     /// The room of `config`, created when it is new.
     pub(crate) fn room(&mut self, config: &RoomConfig, source: Source) -> rusqlite::Result<OpenRoom> {
         let room = room_rows::open(&self.file.connection, config, source)?;
-        self.names.insert(room.key, config.name.clone());
+        self.rooms.insert(room.key, (config.name.clone(), config.security.clone()));
         Ok(room)
     }
 
@@ -169,45 +217,62 @@ impl Opened {
         room_rows::added(&self.file.connection)
     }
 
-    /// Starts the threads. What is older than `keep` is compacted.
+    /// Starts the threads.
     pub(crate) fn start(
         self,
-        bounds: Bounds,
-        keep: Option<Duration>,
+        config: ArchiveConfig,
         replies: UnboundedSender<Reply>,
         metrics: Metrics,
         health: Health,
     ) -> Result<Archive, OpenError> {
         let (requests, receiver) = sync_channel(QUEUE_REQUESTS);
         let shared = Arc::new(Shared::default());
-        let reader = Reader::start(&self.file, replies.clone(), metrics.clone())?;
+        let reader = Reader::start(&self.file, config.identity.clone(), replies.clone(), metrics.clone())?;
         let path = self.file.path.clone();
-        let names = self.names;
-        let mut writer = Writer::new(self.file, reader, bounds, keep, replies, metrics, health, Arc::clone(&shared));
-        for (key, name) in names {
-            writer.name_room(key, name);
+        let rooms = self.rooms;
+        let mut writer = Writer::new(self.file, reader, config, replies, metrics.clone(), health, Arc::clone(&shared));
+        let mut ruled = HashSet::new();
+        for (key, (name, security)) in rooms {
+            ruled.extend(security.is_some().then_some(key));
+            writer.take_in(key, name, security);
         }
         let thread = std::thread::Builder::new()
             .name("archive".into())
             .spawn(move || writer.run(&receiver))
             .map_err(|source| OpenError::Folder { path, source })?;
-        Ok(Archive { requests, shared, thread })
+        let mut archive = Archive { requests, verifier: None, ruled: HashSet::new(), shared, metrics, thread };
+        ruled.into_iter().for_each(|room| archive.rule(room));
+        Ok(archive)
     }
 }
 
 impl Archive {
+    /// From now on, what peers send to a room is checked for who signed it.
+    pub(crate) fn rule(&mut self, room: RoomKey) {
+        self.ruled.insert(room);
+        if self.verifier.is_none() {
+            match Verifier::start(&self.requests, &self.metrics) {
+                Ok(verifier) => self.verifier = Some(verifier),
+                // Nothing is taken on in the room, since nothing can be checked.
+                Err(error) => tracing::error!(%error, "no thread to check signatures"),
+            }
+        }
+    }
+
     /// Hands over what a peer sent, to be merged. Returns whether there was room for it; if not, the archive will
     /// ask for everything once it is through ([`Reply::Missed`]).
-    pub(crate) fn merge(
-        &self,
-        room: RoomKey,
-        asker: Asker,
-        operations: Vec<Operation>,
-        wall_ms: u64,
-        bytes: usize,
-    ) -> bool {
+    pub(crate) fn merge(&self, room: RoomKey, asker: Asker, operations: Received, wall_ms: u64, bytes: usize) -> bool {
         let fits = self.shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes <= QUEUE_BYTES;
-        if fits && self.requests.try_send(Request::Merge { room, asker, operations, wall_ms, bytes }).is_ok() {
+        let hand_over = || match operations {
+            Received::Plain(operations) => {
+                let operations = Checked::Plain(operations);
+                self.requests.try_send(Request::Merge { room, asker, operations, wall_ms, bytes }).is_ok()
+            }
+            Received::WithText(operations) => self.verifier.as_ref().is_some_and(|verifier| {
+                verifier.hand_over(room, Task::Check { room, asker, operations, wall_ms, bytes })
+            }),
+        };
+        if fits && hand_over() {
             return true;
         }
         self.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
@@ -217,7 +282,33 @@ impl Archive {
 
     /// Asks for the answer to a peer's `sync`. Returns whether there was room for the question.
     pub(crate) fn answer(&self, room: RoomKey, asker: Asker, known: Known) -> bool {
-        self.requests.try_send(Request::Answer(Question { room, asker, known })).is_ok()
+        let question = Question { room, asker, known };
+        match self.verifier.as_ref().filter(|_| self.ruled.contains(&room)) {
+            Some(verifier) => verifier.hand_over(room, Task::Pass(question)),
+            None => self.requests.try_send(Request::Answer(question)).is_ok(),
+        }
+    }
+
+    /// Writes to a room as the one who runs the seed; [`Reply::Wrote`] follows for its peers.
+    pub(crate) fn edit(&self, room: RoomKey, edits: Vec<Edit>, wall_ms: u64, respond: Respond<Written>) {
+        self.ask(Request::Edit { room, edits, wall_ms, respond });
+    }
+
+    /// Takes nodes and removals over as they are.
+    pub(crate) fn import(
+        &self,
+        room: RoomKey,
+        nodes: Vec<Node>,
+        removals: Vec<Removal>,
+        wall_ms: u64,
+        respond: Respond<Imported>,
+    ) {
+        self.ask(Request::Import { room, nodes, removals, wall_ms, respond });
+    }
+
+    /// Gives and takes roles by the room's rules.
+    pub(crate) fn govern(&self, room: RoomKey, wall_ms: u64) {
+        self.ask(Request::Govern { room, wall_ms });
     }
 
     /// Finds or makes the row of a room; [`Reply::Opened`] follows, unless it cannot be.
@@ -239,17 +330,25 @@ impl Archive {
         if let Err(error) = self.requests.try_send(request) {
             let (std::sync::mpsc::TrySendError::Full(request) | std::sync::mpsc::TrySendError::Disconnected(request)) =
                 error;
-            if let Request::Open { respond, .. } | Request::Pause { respond, .. } | Request::Forget { respond, .. } =
-                request
-            {
-                // Who asked may have given up waiting.
-                let _ = respond.send(Err(RoomError::Archive("it is too busy".into())));
+            let busy = RoomError::Archive("it is too busy".into());
+            // Who asked may have given up waiting.
+            match request {
+                Request::Open { respond, .. } | Request::Pause { respond, .. } | Request::Forget { respond, .. } => {
+                    let _ = respond.send(Err(busy));
+                }
+                Request::Edit { respond, .. } => drop(respond.send(Err(busy))),
+                Request::Import { respond, .. } => drop(respond.send(Err(busy))),
+                Request::Govern { .. } => tracing::debug!("the archive is too busy for a room's rules"),
+                Request::Merge { .. } | Request::Answer(_) => {}
             }
         }
     }
 
     /// Commits what was handed over, and ends the threads. Blocks.
     pub(crate) fn close(self) {
+        if let Some(verifier) = self.verifier {
+            verifier.close();
+        }
         drop(self.requests);
         if self.thread.join().is_err() {
             tracing::error!("the archive's thread had panicked");

@@ -13,14 +13,16 @@ mod relay_key;
 mod room;
 mod rooms;
 mod roster;
+mod security;
 mod server;
 mod signalling;
 mod verify;
 
 pub use addresses::ExternalAddress;
-pub use archive::{Bounds, OpenError};
+pub use archive::{Bounds, Edit, EditError, Imported, OpenError, Written};
 pub use cells::{Bridge, CellsConfig};
 pub use relay_key::{RelayKey, RelayKeyError};
 pub use rooms::{RoomError, RoomStatus, Rooms, Source};
+pub use security::Security;
 pub use server::{Config, RoomConfig, Server, StartError};
 pub use verify::{Doubtful, Verification, VerifyError, verify_room};

@@ -6,8 +6,10 @@ mod messages;
 mod room;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use genosdb::signature::Identity;
 use genosdb::{ChannelName, Limits, Message, PeerId, Signal};
 use str0m::config::DtlsCert;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
@@ -66,6 +68,8 @@ pub(crate) struct Mesh {
     pub(crate) addresses: Addresses,
     pub(crate) certificate: DtlsCert,
     pub(crate) limits: Limits,
+    /// Who signs what the seed sends.
+    pub(crate) identity: Option<Arc<Identity>>,
     pub(crate) max_links: usize,
     pub(crate) operations_per_second: u32,
     pub(crate) signalling: Signalling,
@@ -170,12 +174,16 @@ impl Mesh {
         }
         let answer = room.room_answers.due(now);
         let (archive, is_due) = (room.archive, room.roster.is_due(now));
+        let governs = room.governor.as_mut().is_some_and(|governor| governor.is_due(now));
         let is_unfinished = room.cells.as_ref().is_some_and(|cells| cells.is_unfinished(now));
         for (us, actions) in actions {
             self.act(now, id, us, actions);
         }
         if let Some(known) = answer {
             self.archive.answer(archive, crate::archive::Asker::Room(id), known);
+        }
+        if governs {
+            self.archive.govern(archive, wall_ms());
         }
         if is_due || is_unfinished {
             self.seal(id, now);

@@ -1,8 +1,10 @@
 //! The rooms of a running seed, for who runs it: what they are, and how to change that without a restart.
 
+use genosdb::operation::{Node, Removal};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::archive::{Edit, Imported, Written};
 use crate::server::RoomConfig;
 
 /// Where a room comes from.
@@ -50,6 +52,9 @@ pub enum RoomError {
     /// It stands in the settings, and would be back after a restart.
     #[error("the room stands in the settings: take it out there, or pause it")]
     FromSettings,
+    /// The seed itself may not, or cannot, write that.
+    #[error("{0}")]
+    NotWritten(String),
     /// The archive does not take it.
     #[error("the archive does not take it: {0}")]
     Archive(String),
@@ -59,7 +64,7 @@ pub enum RoomError {
 }
 
 /// What becomes of a wish.
-pub(crate) type Respond = oneshot::Sender<Result<(), RoomError>>;
+pub(crate) type Respond<T = ()> = oneshot::Sender<Result<T, RoomError>>;
 
 #[derive(Debug)]
 pub(crate) enum Command {
@@ -67,6 +72,9 @@ pub(crate) enum Command {
     Add { config: RoomConfig, respond: Respond },
     Pause { name: String, paused: bool, respond: Respond },
     Remove { name: String, respond: Respond },
+    Edit { name: String, edits: Vec<Edit>, respond: Respond<Written> },
+    Import { name: String, nodes: Vec<Node>, removals: Vec<Removal>, respond: Respond<Imported> },
+    Tell { name: String, respond: Respond },
 }
 
 /// A handle on the rooms of a running seed.
@@ -122,7 +130,31 @@ impl Rooms {
         self.ask(|respond| Command::Remove { name: name.into(), respond }).await
     }
 
-    async fn ask(&self, command: impl FnOnce(Respond) -> Command) -> Result<(), RoomError> {
+    /// Writes to a room under the seed's own name: all of `edits`, in their order, or none. Peers follow.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn edit(&self, name: &str, edits: Vec<Edit>) -> Result<Written, RoomError> {
+        self.ask(|respond| Command::Edit { name: name.into(), edits, respond }).await
+    }
+
+    /// Takes nodes and removals over with the timestamps that they have. Peers hear of it with [`Rooms::tell`].
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn import(&self, name: &str, nodes: Vec<Node>, removals: Vec<Removal>) -> Result<Imported, RoomError> {
+        self.ask(|respond| Command::Import { name: name.into(), nodes, removals, respond }).await
+    }
+
+    /// Sends a room's whole state to every linked peer.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn tell(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Tell { name: name.into(), respond }).await
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Respond<T>) -> Command) -> Result<T, RoomError> {
         let (respond, response) = oneshot::channel();
         self.commands.send(command(respond)).await.map_err(|_| RoomError::Gone)?;
         response.await.map_err(|_| RoomError::Gone)?

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genosdb::Limits;
+use genosdb::signature::Identity;
 use service::{BindError, Telemetry, listen};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -14,13 +15,14 @@ use tokio_tungstenite::Connector;
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{Addresses, ExternalAddress};
-use crate::archive::{Archive, Bounds, OpenError, Opened};
+use crate::archive::{Archive, ArchiveConfig, Bounds, OpenError, Opened};
 use crate::cells::CellsConfig;
 use crate::links::{LinkSocket, Links};
 use crate::mesh::{Mesh, State};
 use crate::metrics::Metrics;
 use crate::relay_key::RelayKey;
 use crate::rooms::{Rooms, Source};
+use crate::security::Security;
 use crate::signalling::Signalling;
 
 /// Signals that wait to be heard, at most; beyond, relays wait.
@@ -31,7 +33,7 @@ const COMMAND_QUEUE: usize = 64;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A room to stay in.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct RoomConfig {
     /// The database's name, as apps open it.
     pub name: String,
@@ -39,6 +41,15 @@ pub struct RoomConfig {
     pub password: String,
     /// Cells, as the apps have them; `None` is a full mesh.
     pub cells: Option<CellsConfig>,
+    /// Who rules the room, when its apps have a Security Manager.
+    pub security: Option<Arc<Security>>,
+}
+
+impl RoomConfig {
+    /// A room in a full mesh, without a password, where nobody rules.
+    pub fn named(name: &str) -> Self {
+        Self { name: name.to_owned(), password: String::new(), cells: None, security: None }
+    }
 }
 
 impl fmt::Debug for RoomConfig {
@@ -60,6 +71,8 @@ pub struct Config {
     pub relays: Vec<String>,
     /// The key that events to relays are signed with.
     pub relay_key: RelayKey,
+    /// The identity that signs all that the seed sends.
+    pub identity: Option<Arc<Identity>>,
     /// The rooms to stay in.
     pub rooms: Vec<RoomConfig>,
     /// What the archive takes.
@@ -152,8 +165,12 @@ impl Server {
         for room in opened.added()? {
             rooms.push((opened.room(&room, Source::Added)?, room, Source::Added));
         }
-        let archive =
-            opened.start(config.bounds, config.keep, reply_sender, metrics.clone(), telemetry.health.clone())?;
+        let archive = opened.start(
+            ArchiveConfig { bounds: config.bounds, keep: config.keep, identity: config.identity.clone() },
+            reply_sender,
+            metrics.clone(),
+            telemetry.health.clone(),
+        )?;
         let mut mesh = Mesh {
             links: Links::new(socket, metrics.clone()),
             addresses: Addresses { listen: address, external: config.external },
@@ -163,6 +180,7 @@ impl Server {
                 unfinished_bytes: config.message_bytes,
                 ..Limits::default()
             },
+            identity: config.identity,
             max_links: config.max_links,
             operations_per_second: config.operations_per_second,
             signalling,

@@ -12,9 +12,11 @@ use crate::archive::FILE_NAME;
 pub struct Verification {
     /// Operations that carry a signature of whom they name.
     pub signed: u64,
-    /// Operations that carry no signature.
+    /// Operations and nodes without a signature of their own, taken on the word of one who signed what they came in.
+    pub vouched: u64,
+    /// Operations that carry no signature, and for which nobody vouches.
     pub unsigned: u64,
-    /// Nodes that came as part of a peer's whole state: those carry no signatures of their own.
+    /// Nodes that came as part of a peer's whole state, for which nobody vouches.
     pub nodes: u64,
     /// Who signed, and how many operations, ordered by address.
     pub authors: std::collections::BTreeMap<Address, u64>,
@@ -71,11 +73,13 @@ fn verify(
     let Some(room) = room else { return Ok(None) };
     let mut verification = Verification::default();
     let mut select =
-        connection.prepare("SELECT seq, received, kind, operation FROM log WHERE room = ? ORDER BY seq")?;
+        connection.prepare("SELECT seq, received, kind, operation, vouched FROM log WHERE room = ? ORDER BY seq")?;
     let mut rows = select.query([room])?;
     while let Some(row) = rows.next()? {
+        let is_vouched = !matches!(row.get_ref(4)?, rusqlite::types::ValueRef::Null);
         if row.get::<_, i64>(2)? != 0 {
-            verification.nodes += 1;
+            let count = if is_vouched { &mut verification.vouched } else { &mut verification.nodes };
+            *count += 1;
             continue;
         }
         match signature::verify(row.get_ref(3)?.as_str()?) {
@@ -83,6 +87,7 @@ fn verify(
                 verification.signed += 1;
                 *verification.authors.entry(author).or_default() += 1;
             }
+            Err(SignatureError::Unsigned) if is_vouched => verification.vouched += 1,
             Err(SignatureError::Unsigned) => verification.unsigned += 1,
             Err(reason) => doubtful(Doubtful { seq: row.get(0)?, received_ms: row.get(1)?, reason }),
         }
@@ -119,7 +124,10 @@ mod tests {
         for (index, (kind, operation)) in log.iter().enumerate() {
             let seq = i64::try_from(index).unwrap() + 1;
             file.connection
-                .execute("INSERT INTO log VALUES (1, ?, ?, ?, ?)", params![seq, 1_000 + seq, kind, operation])
+                .execute(
+                    "INSERT INTO log (room, seq, received, kind, operation) VALUES (1, ?, ?, ?, ?)",
+                    params![seq, 1_000 + seq, kind, operation],
+                )
                 .unwrap();
         }
         let mut found = Vec::new();

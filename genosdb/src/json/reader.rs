@@ -488,7 +488,7 @@ pub(crate) fn sorting_key(key: &JsonString) -> Vec<u16> {
 }
 
 /// Where a key stands in an object whose members were set in the order of their keys: index-like ones come first.
-pub(crate) fn sorted_place(key: &JsonString) -> (u64, Vec<u16>) {
+pub fn sorted_place(key: &JsonString) -> (u64, Vec<u16>) {
     match array_index(key.as_printed()) {
         Some(index) => (index.into(), Vec::new()),
         None => (u64::MAX, sorting_key(key)),

@@ -1,17 +1,23 @@
 //! The settings of the seed peer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use seed_peer::{Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig};
+use genosdb::governance::Rules;
+use genosdb::roles::{Role, Roles};
+use genosdb::security::Policy;
+use genosdb::signature::{Address, Identity};
+use seed_peer::{Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig, Security};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use service::settings::SettingsError;
 use turn_server::ExternalIp;
+use zeroize::Zeroizing;
 
 use super::{Settings, everywhere};
 
@@ -23,8 +29,10 @@ pub(crate) struct SeedSettings {
     listen: SocketAddr,
     /// The folder of the archive.
     pub(crate) data: PathBuf,
-    /// The identity that signs.
-    identity: Option<String>,
+    /// The identity that signs: a mnemonic, or a key of Ethereum.
+    identity: Option<Zeroizing<String>>,
+    /// A file that holds the identity instead.
+    identity_file: Option<PathBuf>,
     /// As `turn.external_ip`, and by default the same.
     external_ip: Option<String>,
     /// Relays to meet peers through, besides our own.
@@ -62,6 +70,7 @@ impl Default for SeedSettings {
             listen: everywhere(3479),
             data: "homeport-data".into(),
             identity: None,
+            identity_file: None,
             external_ip: None,
             relays: Vec::new(),
             relay_key: None,
@@ -78,7 +87,7 @@ impl Default for SeedSettings {
 }
 
 /// `[[seed.room]]`
-#[derive(Clone, Default, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RoomSettings {
     /// The database's name.
@@ -87,19 +96,112 @@ pub(crate) struct RoomSettings {
     cells: Option<Cells>,
     /// The room's password.
     password: Option<String>,
-    /// Who rules the room.
+    /// Who rules the room: addresses of Ethereum.
     super_admins: Vec<String>,
+    /// The app's own roles.
+    roles: BTreeMap<String, RoleSettings>,
+    /// Whether nodes that name an owner are for that owner and its collaborators.
+    acls: bool,
+    /// Whether nodes in the full state of a peer that does not sign are taken.
+    accept_unsigned_states: bool,
+    /// Rules by which the seed gives and takes roles.
+    governance: Option<serde_json::Value>,
+    /// A JSON file that holds the rules instead.
+    governance_file: Option<PathBuf>,
+}
+
+impl Default for RoomSettings {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            cells: None,
+            password: None,
+            super_admins: Vec::new(),
+            roles: BTreeMap::new(),
+            acls: true,
+            accept_unsigned_states: false,
+            governance: None,
+            governance_file: None,
+        }
+    }
+}
+
+/// One of an app's own roles.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RoleSettings {
+    /// What it may do.
+    can: Vec<String>,
+    /// The roles whose permissions it has as well.
+    inherits: Vec<String>,
 }
 
 impl RoomSettings {
-    fn config(&self) -> RoomConfig {
+    /// Who rules the room, and how; `None` when nobody does.
+    fn security(&self, signs: bool) -> Result<Option<Arc<Security>>, SettingsError> {
+        let of = |key: &str, reason: &dyn fmt::Display| {
+            SettingsError::of(&format!("seed.room.{key}"), format_args!("room {:?}: {reason}", self.name))
+        };
+        if self.super_admins.is_empty() {
+            let idle = [
+                ("roles", !self.roles.is_empty()),
+                ("accept_unsigned_states", self.accept_unsigned_states),
+                ("governance", self.governance.is_some()),
+                ("governance_file", self.governance_file.is_some()),
+            ];
+            return match idle.iter().find(|(_, is_set)| *is_set) {
+                Some((key, _)) => Err(of(key, &"it counts only in a room with super_admins")),
+                None => Ok(None),
+            };
+        }
+        let super_admins = super_admins(&self.super_admins).map_err(|reason| of("super_admins", &reason))?;
+        let role = |(name, role): (&String, &RoleSettings)| {
+            (name.clone(), Role { can: role.can.clone(), inherits: role.inherits.clone() })
+        };
+        let roles = Roles::with(&self.roles.iter().map(role).collect()).map_err(|error| of("roles", &error))?;
+        let policy = Policy { super_admins, roles, acls: self.acls };
+        let rules = match (&self.governance, &self.governance_file) {
+            (None, None) => Rules::default(),
+            (Some(_), Some(_)) => return Err(of("governance_file", &"the rules stand in governance as well")),
+            (Some(rules), None) => {
+                Rules::parse(&rules.to_string(), &policy).map_err(|error| of("governance", &error))?
+            }
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path)
+                    .map_err(|error| of("governance_file", &format_args!("{}: {error}", path.display())))?;
+                Rules::parse(&text, &policy)
+                    .map_err(|error| of("governance_file", &format_args!("{}: {error}", path.display())))?
+            }
+        };
+        if !rules.is_empty() && !signs {
+            return Err(of("governance", &"a seed without an identity can give no roles: set seed.identity"));
+        }
+        Ok(Some(Arc::new(Security { policy, unsigned_states: self.accept_unsigned_states, rules })))
+    }
+
+    fn config(&self, signs: bool) -> Result<RoomConfig, SettingsError> {
         let cells = match self.cells {
             None | Some(Cells::Switch(false)) => None,
             Some(Cells::Switch(true)) => Some(CellsSettings::default().config()),
             Some(Cells::Table(cells)) => Some(cells.config()),
         };
-        RoomConfig { name: self.name.clone(), password: self.password.clone().unwrap_or_default(), cells }
+        Ok(RoomConfig {
+            name: self.name.clone(),
+            password: self.password.clone().unwrap_or_default(),
+            cells,
+            security: self.security(signs)?,
+        })
     }
+}
+
+/// Parses the addresses of those who rule a room.
+pub(crate) fn super_admins(texts: &[String]) -> Result<BTreeSet<Address>, String> {
+    let parse = |text: &String| {
+        Address::parse(text).ok_or_else(|| {
+            format!("{text:?} is no address: 0x and 40 digits of hex, spelled as its owner's wallet shows it")
+        })
+    };
+    texts.iter().map(parse).collect()
 }
 
 /// `true`, or how.
@@ -174,10 +276,7 @@ impl SeedSettings {
 
     /// Refuses what cannot be, or not yet.
     pub(super) fn check(&self) -> Result<(), SettingsError> {
-        let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
-        if self.identity.is_some() {
-            return not_yet("seed.identity");
-        }
+        let signs = self.identity()?.is_some();
         self.keep()?;
         let mut names = BTreeSet::new();
         for room in &self.room {
@@ -192,9 +291,7 @@ impl SeedSettings {
             {
                 return Err(SettingsError::of("seed.room.cells.cell_size", problem));
             }
-            if !room.super_admins.is_empty() {
-                return not_yet("seed.room.super_admins");
-            }
+            room.security(signs)?;
         }
         for url in &self.relays {
             if !url.starts_with("ws://") && !url.starts_with("wss://") {
@@ -205,6 +302,25 @@ impl SeedSettings {
             }
         }
         Ok(())
+    }
+
+    /// The identity that signs, from wherever it stands.
+    fn identity(&self) -> Result<Option<Arc<Identity>>, SettingsError> {
+        let (key, text) = match (&self.identity, &self.identity_file) {
+            (None, None) => return Ok(None),
+            (Some(_), Some(_)) => {
+                return Err(SettingsError::of("seed.identity_file", "the identity stands in seed.identity as well"));
+            }
+            (Some(text), None) => ("seed.identity", text.clone()),
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path).map_err(|error| {
+                    SettingsError::of("seed.identity_file", format_args!("{}: {error}", path.display()))
+                })?;
+                ("seed.identity_file", Zeroizing::new(text))
+            }
+        };
+        let identity = Identity::parse(&text).map_err(|error| SettingsError::of(key, error))?;
+        Ok(Some(Arc::new(identity)))
     }
 
     fn keep(&self) -> Result<Option<Duration>, SettingsError> {
@@ -250,13 +366,15 @@ impl Settings {
             ExternalIp::Address(public) => Some(ExternalAddress { public, private: None }),
             ExternalIp::Mapped { public, private } => Some(ExternalAddress { public, private: Some(private) }),
         };
+        let identity = self.seed.identity()?;
         Ok(Config {
             listen: self.seed.listen,
             relay_key,
             external,
             data: self.seed.data.clone(),
             relays: own_relay.into_iter().chain(self.seed.relays.iter().cloned()).collect(),
-            rooms: self.seed.room.iter().map(RoomSettings::config).collect(),
+            rooms: self.seed.room.iter().map(|room| room.config(identity.is_some())).collect::<Result<_, _>>()?,
+            identity,
             bounds: self.seed.bounds(),
             keep: self.seed.keep()?,
             message_bytes: self.seed.max_message_bytes,

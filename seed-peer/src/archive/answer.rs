@@ -1,11 +1,14 @@
 //! What the archive answers to a peer's `sync`: the operations that it lacks, or the whole state.
 
+mod signature;
+
 use std::fmt::Write as _;
 
 use genosdb::clock::MAX_DRIFT_MS;
 use genosdb::json::JsonString;
+use genosdb::signature::Identity;
 use genosdb::{ChannelName, Hlc, JsonWriter, Message};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, Row, params};
 
 use super::graph::{RoomState, signed, unsigned};
 
@@ -27,7 +30,12 @@ pub(crate) struct Known {
 }
 
 /// The delta for a peer that knows `known`; `None` when it is to be sent the whole state.
-pub(crate) fn delta_for(connection: &Connection, room: &RoomState, known: Known) -> rusqlite::Result<Option<Message>> {
+pub(crate) fn delta_for(
+    connection: &Connection,
+    room: &RoomState,
+    known: Known,
+    identity: Option<&Identity>,
+) -> rusqlite::Result<Option<Message>> {
     let Some(timestamp) = known.timestamp else { return Ok(None) };
     let from = match known.sent {
         // The link is reliable: what was sent on it has arrived.
@@ -39,7 +47,7 @@ pub(crate) fn delta_for(connection: &Connection, room: &RoomState, known: Known)
         return Ok(None);
     }
     let state_bytes = room.bytes + room.nodes * NODE_FRAME_BYTES;
-    delta(connection, room, from, state_bytes.max(SMALL_DELTA_BYTES))
+    delta(connection, room, from, state_bytes.max(SMALL_DELTA_BYTES), identity)
 }
 
 /// The first log entry that a peer whose highest timestamp is `timestamp` may lack; 0 when that is all of them.
@@ -68,6 +76,7 @@ pub(crate) fn delta(
     room: &RoomState,
     from: u64,
     max_bytes: u64,
+    identity: Option<&Identity>,
 ) -> rusqlite::Result<Option<Message>> {
     let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
     let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
@@ -89,12 +98,17 @@ pub(crate) fn delta(
     if expected != room.seq + 1 {
         return Ok(None);
     }
-    let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
+    let signature = signature::of_delta(connection, room, from, identity)?;
+    let _ = write!(text, r#"],"timestamp":{}{signature}}}]"#, timestamp(room.latest));
     Ok(Some(text.finish()))
 }
 
 /// The whole room, read from disk row by row.
-pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite::Result<Message> {
+pub(crate) fn full_state(
+    connection: &Connection,
+    room: &RoomState,
+    identity: Option<&Identity>,
+) -> rusqlite::Result<Message> {
     let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
     text.push_str(r#"[{"type":"fullStateSync","graphData":{"#);
     let mut select = connection
@@ -107,21 +121,8 @@ pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite:
         }
         first = false;
         let id = JsonString::from_printed(row.get(0)?);
-        let _ = write!(text, r#"{id}:{{"id":{id}"#);
-        if let Some(value) = row.get_ref(1)?.as_str_or_null()? {
-            text.push_str(r#","value":"#);
-            text.push_str(value);
-        }
-        text.push_str(r#","edges":"#);
-        text.push_str(row.get_ref(2)?.as_str()?);
-        let (physical, logical): (i64, i64) = (row.get(4)?, row.get(5)?);
-        let _ = write!(text, r#","timestamp":{{"physical":{physical},"logical":{logical}}}"#);
-        let extra = row.get_ref(3)?.as_str()?;
-        if !extra.is_empty() {
-            text.push_str(",");
-            text.push_str(extra);
-        }
-        text.push_str("}");
+        let _ = write!(text, "{id}:");
+        print_node(&id, row, |part| text.push_str(part))?;
     }
     text.push_str(r#"},"removals":["#);
     let mut select =
@@ -137,8 +138,29 @@ pub(crate) fn full_state(connection: &Connection, room: &RoomState) -> rusqlite:
         let (physical, logical): (i64, i64) = (row.get(1)?, row.get(2)?);
         let _ = write!(text, r#"{{"id":{id},"timestamp":{{"physical":{physical},"logical":{logical}}}}}"#);
     }
-    let _ = write!(text, r#"],"timestamp":{}}}]"#, timestamp(room.latest));
+    let signature = signature::of_full_state(connection, room, identity)?;
+    let _ = write!(text, r#"],"timestamp":{}{signature}}}]"#, timestamp(room.latest));
     Ok(text.finish())
+}
+
+/// Prints a node from a row of its value, edges, unknown members and timestamp, behind the id.
+fn print_node(id: &JsonString, row: &Row<'_>, mut print: impl FnMut(&str)) -> rusqlite::Result<()> {
+    print(&format!(r#"{{"id":{id}"#));
+    if let Some(value) = row.get_ref(1)?.as_str_or_null()? {
+        print(r#","value":"#);
+        print(value);
+    }
+    print(r#","edges":"#);
+    print(row.get_ref(2)?.as_str()?);
+    let (physical, logical): (i64, i64) = (row.get(4)?, row.get(5)?);
+    print(&format!(r#","timestamp":{{"physical":{physical},"logical":{logical}}}"#));
+    let extra = row.get_ref(3)?.as_str()?;
+    if !extra.is_empty() {
+        print(",");
+        print(extra);
+    }
+    print("}");
+    Ok(())
 }
 
 fn timestamp(latest: Option<Hlc>) -> String {

@@ -1,9 +1,11 @@
 //! The thread that answers peers from the archive.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use genosdb::Message;
+use genosdb::signature::Identity;
 use rusqlite::Connection;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -32,13 +34,14 @@ impl Reader {
     /// Starts the thread, with a connection of its own.
     pub(super) fn start(
         file: &ArchiveFile,
+        identity: Option<Arc<Identity>>,
         replies: UnboundedSender<Reply>,
         metrics: Metrics,
     ) -> Result<Self, OpenError> {
         let database = |source| OpenError::Database { path: file.path.clone(), source };
         let connection = file.reader().map_err(database)?;
         let (questions, receiver) = channel();
-        let mut answers = Answers { connection, states: Vec::new(), replies, metrics };
+        let mut answers = Answers { connection, identity, states: Vec::new(), replies, metrics };
         let thread = std::thread::Builder::new()
             .name("archive-reader".into())
             .spawn(move || answers.run(&receiver))
@@ -73,6 +76,8 @@ struct CachedState {
 
 struct Answers {
     connection: Connection,
+    /// Who signs.
+    identity: Option<Arc<Identity>>,
     /// The most recently used last.
     states: Vec<CachedState>,
     replies: UnboundedSender<Reply>,
@@ -116,7 +121,7 @@ impl Answers {
 
     fn messages(&mut self, Question { room: key, known, .. }: Question) -> rusqlite::Result<(Vec<Message>, u64)> {
         let room = room_rows::load(&self.connection, key)?;
-        if let Some(delta) = answer::delta_for(&self.connection, &room, known)? {
+        if let Some(delta) = answer::delta_for(&self.connection, &room, known, self.identity.as_deref())? {
             self.metrics.answers.with_label_values(&["sync"]).inc();
             return Ok((vec![delta], room.seq));
         }
@@ -132,7 +137,8 @@ impl Answers {
             let messages = if since == 0 {
                 Some(vec![state.message.clone()])
             } else if since <= FEW.max(room.nodes / FRESH_SHARE) {
-                let delta = answer::delta(&self.connection, room, state.seq + 1, since * OPERATION_BYTES)?;
+                let max_bytes = since * OPERATION_BYTES;
+                let delta = answer::delta(&self.connection, room, state.seq + 1, max_bytes, self.identity.as_deref())?;
                 delta.map(|delta| vec![state.message.clone(), delta])
             } else {
                 None
@@ -143,7 +149,7 @@ impl Answers {
                 return Ok(messages);
             }
         }
-        let message = answer::full_state(&self.connection, room)?;
+        let message = answer::full_state(&self.connection, room, self.identity.as_deref())?;
         self.states.push(CachedState { room: key, seq: room.seq, message: message.clone() });
         let mut kept = 0;
         let mut from = self.states.len();

@@ -1,5 +1,6 @@
 //! The rows of rooms: where each stands, and how to join those that were added while the seed ran.
 
+use genosdb::signature::Address;
 use genosdb::{Hlc, PeerId};
 use rand::Rng as _;
 use rusqlite::{Connection, params};
@@ -9,6 +10,7 @@ use super::graph::{RoomState, signed, unsigned};
 use super::{OpenRoom, RoomKey};
 use crate::cells::{Bridge, CellsConfig};
 use crate::rooms::Source;
+use crate::security::Security;
 use crate::server::RoomConfig;
 
 /// How to join a room, as the archive keeps it.
@@ -18,6 +20,8 @@ struct Settings {
     password: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cells: Option<CellsSettings>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    super_admins: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -30,7 +34,10 @@ struct CellsSettings {
 pub(super) fn open(connection: &Connection, config: &RoomConfig, source: Source) -> rusqlite::Result<OpenRoom> {
     let settings = (source == Source::Added).then(|| {
         let cells = config.cells.map(|CellsConfig { cell_size, bridge }| CellsSettings { cell_size, bridge });
-        serde_json::json!(Settings { password: config.password.clone(), cells }).to_string()
+        let security = config.security.as_ref();
+        let super_admins = security
+            .map_or(Vec::new(), |security| security.policy.super_admins.iter().map(ToString::to_string).collect());
+        serde_json::json!(Settings { password: config.password.clone(), cells, super_admins }).to_string()
     });
     connection.execute(
         "INSERT INTO room (name, peer_id, settings, paused, nodes, bytes, seq) VALUES (?1, ?2, ?3, 0, 0, 0, 0)
@@ -63,10 +70,11 @@ pub(super) fn added(connection: &Connection) -> rusqlite::Result<Vec<RoomConfig>
     for row in rows {
         let (name, settings) = row?;
         match serde_json::from_str::<Settings>(&settings) {
-            Ok(Settings { password, cells }) => rooms.push(RoomConfig {
+            Ok(Settings { password, cells, super_admins }) => rooms.push(RoomConfig {
                 name,
                 password,
                 cells: cells.map(|CellsSettings { cell_size, bridge }| CellsConfig { cell_size, bridge }),
+                security: Security::of(super_admins.iter().filter_map(|text| Address::parse(text))),
             }),
             Err(error) => tracing::error!(room = %name, %error, "the archive does not say how to join a room"),
         }

@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags};
 const APPLICATION_ID: i32 = 0x486d_5074;
 
 /// The version of the tables below (`PRAGMA user_version`).
-const VERSION: i32 = 2;
+const VERSION: i32 = 3;
 
 /// Pages of the file that each connection keeps in memory, in KiB.
 const WRITER_CACHE_KIB: i64 = 6 * 1024;
@@ -42,6 +42,7 @@ CREATE TABLE log (
     received INTEGER NOT NULL,       -- our time of day, ms since the epoch
     kind INTEGER NOT NULL,           -- 0: an operation as it came; 1: a node of a full state
     operation TEXT NOT NULL,         -- JSON
+    vouched TEXT,                    -- the address on whose word it was taken, where no signature of its own says so
     PRIMARY KEY (room, seq)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX log_received ON log (room, received);
@@ -82,6 +83,9 @@ UPDATE room SET bytes = (
     FROM node WHERE node.room = room.id
 );
 ";
+
+/// From version 2, which knew no addresses.
+const FROM_VERSION_2: &str = "ALTER TABLE log ADD COLUMN vouched TEXT;";
 
 /// The archive cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -236,6 +240,9 @@ fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     if found < 2 {
         transaction.execute_batch(FROM_VERSION_1)?;
     }
+    if found < 3 {
+        transaction.execute_batch(FROM_VERSION_2)?;
+    }
     transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()
 }
@@ -265,6 +272,8 @@ mod tests {
              CREATE TABLE node (room INTEGER NOT NULL REFERENCES room, id TEXT NOT NULL, value TEXT,
                  edges TEXT NOT NULL, extra TEXT NOT NULL, physical INTEGER NOT NULL, logical INTEGER NOT NULL,
                  PRIMARY KEY (room, id)) STRICT, WITHOUT ROWID;
+             CREATE TABLE log (room INTEGER NOT NULL REFERENCES room, seq INTEGER NOT NULL, received INTEGER NOT NULL,
+                 kind INTEGER NOT NULL, operation TEXT NOT NULL, PRIMARY KEY (room, seq)) STRICT, WITHOUT ROWID;
              INSERT INTO room VALUES (1, 'my-app', 'zzzzzzzzzzzzzzzzzzzz', 2, 0, NULL, NULL);
              INSERT INTO node VALUES (1, 'a', '\"é\"', '[]', '', 1, 1), (1, 'b', NULL, '[\"a\"]', '', 1, 1);",
         )

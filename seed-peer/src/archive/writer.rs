@@ -6,20 +6,18 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use genosdb::Hlc;
-use genosdb::graph::{Outcome, apply, merge};
-use genosdb::operation::{FullStateSync, Link, Node, Operation, Remove, Upsert};
-use rusqlite::{ErrorCode, params};
+use rusqlite::ErrorCode;
 use service::{Health, State};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::graph::{RoomGraph, RoomState, signed};
+use super::graph::{RoomState, signed};
 use super::reader::Reader;
 use super::schema::ArchiveFile;
-use super::{Asker, Bounds, Known, Question, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
+use super::{ArchiveConfig, Asker, Known, Question, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::rooms::RoomError;
+use crate::security::Security;
 
 /// How long requests are gathered for one commit.
 const GROUP_COMMIT: Duration = Duration::from_millis(10);
@@ -29,37 +27,36 @@ const RETRY: Duration = Duration::from_secs(1);
 const IDLE: Duration = Duration::from_secs(5);
 /// How often old operations are looked for.
 const COMPACTION_INTERVAL: Duration = Duration::from_secs(600);
-/// What an edge is taken to weigh where counting them would cost more than adding one.
-const AVERAGE_EDGE_BYTES: usize = 32;
 
 /// Requests that are committed together.
 const BATCH_REQUESTS: usize = super::QUEUE_REQUESTS;
 
 pub(super) struct Writer {
-    file: ArchiveFile,
+    pub(super) file: ArchiveFile,
     reader: Reader,
     names: HashMap<RoomKey, String>,
-    bounds: Bounds,
-    keep: Option<Duration>,
+    /// How rooms with super admins are ruled.
+    pub(super) ruled: HashMap<RoomKey, Arc<Security>>,
+    pub(super) config: ArchiveConfig,
     next_compaction: Instant,
     /// The rooms as they are committed.
-    rooms: HashMap<RoomKey, RoomState>,
+    pub(super) rooms: HashMap<RoomKey, RoomState>,
     replies: UnboundedSender<Reply>,
-    metrics: Metrics,
+    pub(super) metrics: Metrics,
     health: Health,
     shared: Arc<Shared>,
     /// Requests that the disk refused and that are tried again.
     held: Vec<Request>,
-    refusals: Notices<(i64, &'static str)>,
+    pub(super) refusals: Notices<(i64, &'static str)>,
+    /// The log entry up to which each room's rules have seen everything.
+    pub(super) governed: HashMap<RoomKey, u64>,
 }
 
 impl Writer {
-    #[allow(clippy::too_many_arguments, reason = "called once, with what the archive is made of")]
     pub(super) fn new(
         file: ArchiveFile,
         reader: Reader,
-        bounds: Bounds,
-        keep: Option<Duration>,
+        config: ArchiveConfig,
         replies: UnboundedSender<Reply>,
         metrics: Metrics,
         health: Health,
@@ -70,8 +67,8 @@ impl Writer {
             file,
             reader,
             names: HashMap::new(),
-            bounds,
-            keep,
+            ruled: HashMap::new(),
+            config,
             next_compaction: Instant::now(),
             rooms: HashMap::new(),
             replies,
@@ -80,11 +77,16 @@ impl Writer {
             shared,
             held: Vec::new(),
             refusals: Notices::default(),
+            governed: HashMap::new(),
         }
     }
 
-    /// Gives a room its name in metrics, and publishes its size.
-    pub(super) fn name_room(&mut self, room: RoomKey, name: String) {
+    /// Gives a room its name in metrics and publishes its size, and learns who rules it.
+    pub(super) fn take_in(&mut self, room: RoomKey, name: String, security: Option<Arc<Security>>) {
+        match security {
+            Some(security) => self.ruled.insert(room, security),
+            None => self.ruled.remove(&room),
+        };
         match room_rows::load(&self.file.connection, room) {
             Ok(state) => {
                 self.publish(&name, &state);
@@ -98,7 +100,7 @@ impl Writer {
     pub(super) fn run(&mut self, requests: &Receiver<Request>) {
         let mut busy = false;
         loop {
-            let wait = match (self.held.is_empty(), self.keep) {
+            let wait = match (self.held.is_empty(), self.config.keep) {
                 (false, _) => RETRY,
                 (true, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()).min(IDLE),
                 (true, None) => IDLE,
@@ -159,7 +161,7 @@ impl Writer {
         match wish {
             Request::Open { config, source, respond } => match room_rows::open(connection, &config, source) {
                 Ok(opened) => {
-                    self.name_room(opened.key, config.name.clone());
+                    self.take_in(opened.key, config.name.clone(), config.security.clone());
                     self.reply(Reply::Opened { config, opened, added: source, respond });
                 }
                 Err(error) => {
@@ -179,6 +181,15 @@ impl Writer {
                 }
                 let _ = respond.send(forgotten);
             }
+            Request::Edit { room, edits, wall_ms, respond } => {
+                let written = self.edit(room, &edits, wall_ms).map_err(RoomError::from);
+                let _ = respond.send(written);
+            }
+            Request::Import { room, nodes, removals, wall_ms, respond } => {
+                let imported = self.import(room, nodes, removals, wall_ms).map_err(RoomError::from);
+                let _ = respond.send(imported);
+            }
+            Request::Govern { room, wall_ms } => self.govern(room, wall_ms),
             Request::Merge { .. } | Request::Answer(_) => {}
         }
     }
@@ -201,11 +212,8 @@ impl Writer {
                 if !rooms.is_empty() {
                     self.metrics.archive_commit_seconds.observe(start.elapsed().as_secs_f64());
                 }
-                for (key, state) in rooms {
-                    if let Some(name) = self.names.get(&key) {
-                        self.publish(name, &state);
-                    }
-                    self.rooms.insert(key, state);
+                for state in rooms.into_values() {
+                    self.committed(state);
                 }
                 self.release(&all);
                 for request in all {
@@ -240,15 +248,20 @@ impl Writer {
             self.file.connection.execute_batch("COMMIT")
         });
         if let Err(error) = result {
-            // After some failures SQLite has rolled back by itself.
-            if !self.file.connection.is_autocommit()
-                && let Err(error) = self.file.connection.execute_batch("ROLLBACK")
-            {
-                tracing::error!(%error, "the archive could not roll back");
-            }
+            self.roll_back();
             return Err(error);
         }
         Ok(committed)
+    }
+
+    /// Ends a transaction that has failed.
+    pub(super) fn roll_back(&self) {
+        // After some failures SQLite has rolled back by itself.
+        if !self.file.connection.is_autocommit()
+            && let Err(error) = self.file.connection.execute_batch("ROLLBACK")
+        {
+            tracing::error!(%error, "the archive could not roll back");
+        }
     }
 
     fn merge_all(&mut self, batch: &[Request], committed: &mut Committed) -> rusqlite::Result<()> {
@@ -285,146 +298,6 @@ impl Writer {
         Ok(())
     }
 
-    /// Merges what a peer sent. Returns whether the peer lacks something that we have.
-    fn merge(&mut self, state: &mut RoomState, operations: &[Operation], wall_ms: u64) -> rusqlite::Result<bool> {
-        let mut sender_lacks = false;
-        for operation in operations {
-            match operation {
-                Operation::Upsert(_) | Operation::Remove(_) | Operation::Link(_) => {
-                    self.apply(state, operation, wall_ms)?;
-                }
-                Operation::DeltaSync(delta) => {
-                    for operation in &delta.operations {
-                        self.apply(state, operation, wall_ms)?;
-                    }
-                }
-                Operation::FullStateSync(full) => sender_lacks |= self.merge_state(state, full, wall_ms)?,
-                Operation::Sync(_) => {}
-            }
-        }
-        Ok(sender_lacks)
-    }
-
-    fn apply(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<()> {
-        let result = match self.too_much(operation, state)? {
-            Some(reason) => {
-                self.say_refused(state.id, reason);
-                reason
-            }
-            None => {
-                let mut graph = RoomGraph { connection: &self.file.connection, state };
-                match apply(&mut graph, operation, wall_ms)? {
-                    Outcome::Applied => {
-                        let operation = capped(operation, wall_ms);
-                        state.see(timestamp_of(&operation));
-                        self.log(state, 0, &operation.to_string(), wall_ms)?;
-                        "applied"
-                    }
-                    Outcome::Superseded => "superseded",
-                    Outcome::Incomplete => "incomplete",
-                }
-            }
-        };
-        self.metrics.operations.with_label_values(&[result]).inc();
-        Ok(())
-    }
-
-    /// Says in the log that operations are beyond the bounds; the peer is told nothing, since it would only try again.
-    fn say_refused(&mut self, room: i64, reason: &'static str) {
-        if self.refusals.is_due((room, reason), Instant::now()) {
-            let name = self.names.get(&RoomKey(room)).map_or("", String::as_str);
-            tracing::warn!(
-                room = %name, reason,
-                "operations beyond the bounds (seed.max_value_bytes, seed.max_nodes, seed.max_room_bytes) are left out"
-            );
-        }
-    }
-
-    /// Why an operation is beyond the bounds, if it is.
-    fn too_much(&self, operation: &Operation, state: &mut RoomState) -> rusqlite::Result<Option<&'static str>> {
-        let bounds = &self.bounds;
-        let long = |id: &genosdb::JsonString| id.as_printed().len() > bounds.id_bytes;
-        let too_large = match operation {
-            Operation::Upsert(Upsert { id, value, extra, .. }) | Operation::Remove(Remove { id, value, extra, .. }) => {
-                let value = value.as_ref().map_or(0, |value| value.as_str().len());
-                long(id) || value + extra_bytes(extra) > bounds.value_bytes
-            }
-            Operation::Link(Link { source, target, extra, .. }) => {
-                long(source)
-                    || long(target)
-                    || extra_bytes(extra) > bounds.value_bytes
-                    || RoomGraph { connection: &self.file.connection, state }.edges_bytes(source)?
-                        > bounds.edges.saturating_mul(AVERAGE_EDGE_BYTES)
-            }
-            _ => false,
-        };
-        let is_full = state.nodes >= bounds.nodes || state.bytes >= bounds.room_bytes;
-        Ok(if too_large {
-            Some("too_large")
-        } else if is_full && matches!(operation, Operation::Upsert(_) | Operation::Link(_)) {
-            Some("room_full")
-        } else {
-            None
-        })
-    }
-
-    fn merge_state(&mut self, state: &mut RoomState, full: &FullStateSync, wall_ms: u64) -> rusqlite::Result<bool> {
-        let bounds = self.bounds;
-        let mut refused = 0;
-        let (mut taken, mut taken_bytes) = (0, 0);
-        let (held, held_bytes) = (state.nodes, state.bytes);
-        let accept = |node: &Node| {
-            let value = node.value.as_ref().map_or(0, |value| value.as_str().len()) + extra_bytes(&node.extra);
-            let fits = node.id.as_printed().len() <= bounds.id_bytes
-                && value <= bounds.value_bytes
-                && node.edges.len() <= bounds.edges
-                && node.edges.iter().all(|edge| edge.as_printed().len() <= bounds.id_bytes)
-                && held + taken < bounds.nodes
-                && held_bytes + taken_bytes < bounds.room_bytes;
-            taken += u64::from(fits);
-            taken_bytes += if fits { u64::try_from(value).unwrap_or(u64::MAX) } else { 0 };
-            refused += u64::from(!fits);
-            fits
-        };
-        let mut graph = RoomGraph { connection: &self.file.connection, state };
-        let merged = merge(&mut graph, full, wall_ms, accept)?;
-        for removal in &merged.removals {
-            state.see(removal.timestamp);
-            let operation = Operation::Remove(Remove {
-                id: removal.id.clone(),
-                value: None,
-                timestamp: removal.timestamp,
-                extra: Vec::new(),
-            });
-            self.log(state, 0, &operation.to_string(), wall_ms)?;
-        }
-        for node in &merged.nodes {
-            state.see(node.timestamp);
-            let mut text = String::new();
-            node.print(&mut text);
-            self.log(state, 1, &text, wall_ms)?;
-        }
-        let applied = merged.nodes.len() + merged.removals.len();
-        self.metrics.operations.with_label_values(&["applied"]).inc_by(u64::try_from(applied).unwrap_or(u64::MAX));
-        self.metrics.operations.with_label_values(&["too_large"]).inc_by(refused);
-        if refused > 0 {
-            self.say_refused(state.id, "too_large");
-        }
-        Ok(merged.sender_lacks)
-    }
-
-    fn log(&self, state: &mut RoomState, kind: i64, operation: &str, wall_ms: u64) -> rusqlite::Result<()> {
-        state.seq += 1;
-        self.file.connection.prepare_cached("INSERT INTO log VALUES (?, ?, ?, ?, ?)")?.execute(params![
-            state.id,
-            signed(state.seq),
-            signed(wall_ms),
-            kind,
-            operation
-        ])?;
-        Ok(())
-    }
-
     /// The disk refuses: keep what is to be written, answer what can be answered.
     fn refused(&mut self, batch: Vec<Request>, error: &rusqlite::Error) {
         let reason = format!("cannot write: {error}");
@@ -453,7 +326,7 @@ impl Writer {
 
     /// Takes a step in compacting what is older than is to be kept.
     fn compact(&mut self) {
-        let Some(keep) = self.keep.filter(|_| Instant::now() >= self.next_compaction) else { return };
+        let Some(keep) = self.config.keep.filter(|_| Instant::now() >= self.next_compaction) else { return };
         let horizon_ms = crate::mesh::wall_ms().saturating_sub(u64::try_from(keep.as_millis()).unwrap_or(u64::MAX));
         match compaction::step(&mut self.file.connection, horizon_ms) {
             // The rest follows at once, but for what has queued up meanwhile.
@@ -485,9 +358,23 @@ impl Writer {
         }
     }
 
-    fn reply(&self, reply: Reply) {
+    pub(super) fn reply(&self, reply: Reply) {
         // The other side is gone at shutdown: then nobody needs the reply.
         let _ = self.replies.send(reply);
+    }
+
+    /// Takes note of where a room stands after a commit.
+    pub(super) fn committed(&mut self, state: RoomState) {
+        let key = RoomKey(state.id);
+        if let Some(name) = self.names.get(&key) {
+            self.publish(name, &state);
+        }
+        self.rooms.insert(key, state);
+    }
+
+    /// The room's name as configured; empty for one that is not.
+    pub(super) fn name_of(&self, room: RoomKey) -> &str {
+        self.names.get(&room).map_or("", String::as_str)
     }
 
     fn publish(&self, name: &str, state: &RoomState) {
@@ -535,29 +422,4 @@ fn is_of_the_disk(error: &rusqlite::Error) -> bool {
                 | ErrorCode::OutOfMemory
         )
     )
-}
-
-fn extra_bytes(extra: &genosdb::operation::Extra) -> usize {
-    extra.iter().map(|(name, value)| name.as_printed().len() + value.as_str().len()).sum()
-}
-
-/// The operation with its timestamp as the merge rules used it.
-fn capped(operation: &Operation, wall_ms: u64) -> Operation {
-    let mut operation = operation.clone();
-    if let Operation::Upsert(Upsert { timestamp, .. })
-    | Operation::Remove(Remove { timestamp, .. })
-    | Operation::Link(Link { timestamp, .. }) = &mut operation
-    {
-        *timestamp = timestamp.capped(wall_ms);
-    }
-    operation
-}
-
-fn timestamp_of(operation: &Operation) -> Hlc {
-    match operation {
-        Operation::Upsert(Upsert { timestamp, .. })
-        | Operation::Remove(Remove { timestamp, .. })
-        | Operation::Link(Link { timestamp, .. }) => *timestamp,
-        Operation::Sync(_) | Operation::DeltaSync(_) | Operation::FullStateSync(_) => Hlc::default(),
-    }
 }

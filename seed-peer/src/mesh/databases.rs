@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use genosdb::PeerId;
 
-use super::room::{MeshRoom, Part, RoomAnswers, place};
-use super::{Mesh, RoomId};
+use super::room::{Governor, MeshRoom, Part, RoomAnswers, place};
+use super::{Mesh, RoomId, wall_ms};
 use crate::archive::{OpenRoom, RoomKey};
 use crate::cells::Cells;
 use crate::room::RoomPeer;
@@ -30,6 +30,9 @@ impl Mesh {
     pub(crate) fn join(&mut self, config: RoomConfig, opened: &OpenRoom, source: Source, now: Instant) {
         let name = config.name.clone();
         let OpenRoom { key, peer: base, latest, paused } = *opened;
+        if config.security.is_some() {
+            self.archive.rule(key);
+        }
         self.state.databases.insert(name.clone(), Database { config, key, base, source, latest, rooms: Vec::new() });
         if !paused {
             self.enter(&name, now);
@@ -47,6 +50,8 @@ impl Mesh {
             self.state.next_room += 1;
             let cells = database.config.cells.map(|config| Cells::new(config, database.base));
             let ours = cells.as_ref().map_or(vec![database.base], |cells| cells.ours().to_vec());
+            let security = database.config.security.as_ref();
+            let has_rules = security.is_some_and(|security| !security.rules.is_empty());
             let (room, root, key) = place(part, name, &database.config.password);
             let member = |us: &PeerId| RoomPeer::new(*us, self.max_links, now);
             let room = MeshRoom {
@@ -61,6 +66,8 @@ impl Mesh {
                 roster: Roster::new(now),
                 members: ours.iter().map(member).collect(),
                 cells,
+                is_ruled: security.is_some(),
+                governor: (part == Part::Graph && has_rules).then(|| Governor::new(now)),
                 warned: false,
                 room_answers: RoomAnswers::default(),
                 deadline: now,
@@ -103,10 +110,26 @@ impl Mesh {
 
     pub(super) fn handle_command(&mut self, command: Command) {
         let now = Instant::now();
+        let key_of = |name: &str| self.state.databases.get(name).map(|database| database.key);
         match command {
+            Command::Edit { name, edits, respond } => match key_of(&name) {
+                Some(key) => self.archive.edit(key, edits, wall_ms(), respond),
+                // Who asked may have given up waiting, here and below.
+                None => drop(respond.send(Err(RoomError::Unknown))),
+            },
+            Command::Import { name, nodes, removals, respond } => match key_of(&name) {
+                Some(key) => self.archive.import(key, nodes, removals, wall_ms(), respond),
+                None => drop(respond.send(Err(RoomError::Unknown))),
+            },
+            Command::Tell { name, respond } => {
+                let key = key_of(&name);
+                if let Some(key) = key {
+                    self.tell_everything(key);
+                }
+                let _ = respond.send(key.map(|_| ()).ok_or(RoomError::Unknown));
+            }
             Command::List { respond } => {
                 let list = self.state.databases.iter().map(|(name, database)| self.status(name, database)).collect();
-                // Who asked may have given up waiting, here and below.
                 let _ = respond.send(list);
             }
             Command::Add { config, respond } => {

@@ -6,12 +6,13 @@ use std::time::Instant;
 
 use genosdb::envelope::{Envelope, Letter};
 use genosdb::operation::Sync;
+use genosdb::signature::Identity;
 use genosdb::{Batch, CellIndex, ChannelName, Content, Hlc, Message, Operation, PeerId};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 
-use super::room::Part;
+use super::room::{MeshRoom, Part};
 use super::{Mesh, RoomId, wall_ms};
-use crate::archive::{Asker, Known, Reply};
+use crate::archive::{Asker, Known, Received, Reply, RoomKey};
 use crate::link::Refused;
 use crate::links::LinkId;
 
@@ -205,14 +206,15 @@ impl Mesh {
 
     /// Takes in a message of operations. Returns what it was about; `None` when it is not one.
     fn handle_graph(&mut self, now: Instant, id: RoomId, asker: Asker, text: &str, bytes: usize) -> Option<Said> {
-        let Batch { operations, malformed } = Batch::parse(text).ok()?;
+        let is_ruled = self.state.rooms.get(&id)?.is_ruled;
+        let (operations, malformed) = Batch::parse_with_text(text).ok()?;
         self.metrics.refused.with_label_values(&["operation"]).inc_by(u64::try_from(malformed).unwrap_or(u64::MAX));
         let archive = self.state.rooms.get(&id)?.archive;
         let owner = self.owner_of(asker);
         let sent = owner.and_then(|owner| owner.sent);
-        let (questions, mut changes): (Vec<Operation>, Vec<Operation>) =
-            operations.into_iter().partition(|operation| matches!(operation, Operation::Sync(_)));
-        let is_live = |operation: &Operation| {
+        let (questions, mut changes): (Vec<_>, Vec<_>) =
+            operations.into_iter().partition(|(operation, _)| matches!(operation, Operation::Sync(_)));
+        let is_live = |(operation, _): &(Operation, &str)| {
             matches!(operation, Operation::Upsert(_) | Operation::Remove(_) | Operation::Link(_))
         };
         let said = Said { questions: !questions.is_empty(), changes: changes.iter().any(is_live) };
@@ -229,12 +231,18 @@ impl Mesh {
                 "a peer sends operations faster than seed.operations_per_second allows: some are left out"
             );
         }
-        if !changes.is_empty() && !self.archive.merge(archive, asker, changes, wall_ms(), bytes) {
+        let is_empty = changes.is_empty();
+        let changes = if is_ruled {
+            Received::WithText(changes.into_iter().map(|(operation, text)| (operation, text.to_owned())).collect())
+        } else {
+            Received::Plain(changes.into_iter().map(|(operation, _)| operation).collect())
+        };
+        if !is_empty && !self.archive.merge(archive, asker, changes, wall_ms(), bytes) {
             tracing::debug!(?archive, "the archive is too busy for a message");
         }
         // One answer is enough, however often the question stands in one message.
         let may_ask = self.owner_of(asker).is_none_or(|owner| owner.rate.allows());
-        if may_ask && let Some(Operation::Sync(Sync { timestamp, .. })) = questions.into_iter().next() {
+        if may_ask && let Some((Operation::Sync(Sync { timestamp, .. }), _)) = questions.into_iter().next() {
             self.ask_archive(now, asker, id, Known { timestamp, sent });
         }
         Some(said)
@@ -270,6 +278,31 @@ impl Mesh {
         self.schedule(id, now);
     }
 
+    /// Tells the peers of a database what the seed has written.
+    fn tell(&mut self, key: RoomKey, message: &Message) {
+        let rooms = self.state.rooms.values().filter(|room| room.archive == key && room.part == Part::Graph);
+        let rooms: Vec<(RoomId, bool)> = rooms.map(|room| (room.id, room.cells.is_some())).collect();
+        for (id, in_cells) in rooms {
+            if in_cells {
+                self.answer_room(id, std::slice::from_ref(message));
+                continue;
+            }
+            let links: Vec<LinkId> =
+                self.state.rooms.get(&id).into_iter().flat_map(|room| room.links().map(|(_, _, link)| link)).collect();
+            for link in links {
+                self.send(link, message.clone());
+            }
+        }
+    }
+
+    /// Sends the whole state of a database to every linked peer.
+    pub(super) fn tell_everything(&mut self, key: RoomKey) {
+        let rooms = self.state.rooms.values().filter(|room| room.archive == key && room.part == Part::Graph);
+        for (_, _, link) in rooms.flat_map(MeshRoom::links) {
+            self.archive.answer(key, Asker::Link(link), Known { timestamp: None, sent: None });
+        }
+    }
+
     /// Answers everybody in a room, for one whom no link reaches.
     fn answer_room(&mut self, id: RoomId, messages: &[Message]) {
         for message in messages {
@@ -293,8 +326,14 @@ impl Mesh {
         let Some(room) = self.state.rooms.get(&id) else { return };
         tracing::debug!(room = %room.name, %peer, "a peer has joined");
         if room.part == Part::Graph {
-            let question = sync_message(room.latest);
+            let question = sync_message(room.latest, self.identity.as_deref());
             self.send(link, question);
+            if let Some(room) = self.state.rooms.get_mut(&id)
+                && let Some(governor) = &mut room.governor
+            {
+                governor.met(Instant::now());
+                self.schedule(id, Instant::now());
+            }
         }
     }
 
@@ -314,14 +353,18 @@ impl Mesh {
             Reply::Latest { room, latest } => {
                 for one in self.state.rooms.values_mut().filter(|one| one.archive == room) {
                     one.latest = Some(latest);
+                    if let Some(governor) = &mut one.governor {
+                        governor.heard(now);
+                    }
                 }
             }
+            Reply::Wrote { room, message } => self.tell(room, &message),
             Reply::Missed { room } => {
                 let rooms = self.state.rooms.values().filter(|one| one.archive == room && one.part == Part::Graph);
                 let links: Vec<LinkId> = rooms.flat_map(|one| one.links().map(|(_, _, link)| link)).collect();
                 // "We have nothing": each peer answers with all it has.
                 for link in links {
-                    self.send(link, sync_message(None));
+                    self.send(link, sync_message(None, self.identity.as_deref()));
                 }
             }
             Reply::Opened { config, opened, added, respond } => {
@@ -342,7 +385,9 @@ struct Said {
     changes: bool,
 }
 
-fn sync_message(timestamp: Option<Hlc>) -> Message {
-    let operation = Operation::Sync(Sync { timestamp, extra: Vec::new() });
-    Message::new(ChannelName::SYNC_GRAPH, Content::Json(Batch::print(&[operation])))
+fn sync_message(timestamp: Option<Hlc>, identity: Option<&Identity>) -> Message {
+    let operation = Operation::Sync(Sync { timestamp, extra: Vec::new() }).to_string();
+    // What we print is JSON, so it can be signed.
+    let signed = identity.and_then(|identity| identity.sign(&operation).ok());
+    Message::new(ChannelName::SYNC_GRAPH, Content::Json(format!("[{}]", signed.unwrap_or(operation))))
 }

@@ -16,6 +16,15 @@ use crate::signalling::Listener;
 /// How often the whole room is sent an answer that one peer out of reach has asked for.
 const ROOM_ANSWER_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How often a room's rules are applied.
+const GOVERN_INTERVAL: Duration = Duration::from_secs(5);
+/// How long nothing must come before the first peers count as having told all.
+const SYNC_QUIET: Duration = Duration::from_secs(3);
+/// How long they may take.
+const FIRST_SYNC: Duration = Duration::from_secs(120);
+/// When nobody has come for so long, there is nobody to wait for.
+const NOBODY_THERE: Duration = Duration::from_secs(30);
+
 /// What a database's room is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -42,6 +51,10 @@ pub(crate) struct MeshRoom {
     /// The seed's ids in the room, each a peer to the others.
     pub(crate) members: Vec<RoomPeer>,
     pub(crate) cells: Option<Cells>,
+    /// Whether what peers send must be signed.
+    pub(crate) is_ruled: bool,
+    /// When roles are given and taken, in the graph's room of a database with rules.
+    pub(crate) governor: Option<Governor>,
     /// Whether somebody was told that clients and the seed disagree on cells.
     pub(crate) warned: bool,
     pub(crate) room_answers: RoomAnswers,
@@ -94,7 +107,59 @@ impl MeshRoom {
         let members = self.members.iter().map(RoomPeer::next_tick);
         let cells = self.cells.as_ref().and_then(Cells::next_tick);
         let answer = self.room_answers.next_tick();
-        members.chain([self.roster.next_tick()]).chain(cells).chain(answer).min().unwrap_or(self.deadline)
+        let governor = self.governor.as_ref().map(Governor::next_tick);
+        members
+            .chain([self.roster.next_tick()])
+            .chain(cells)
+            .chain(answer)
+            .chain(governor)
+            .min()
+            .unwrap_or(self.deadline)
+    }
+}
+
+/// When a room's rules are applied: around the clock, but not before the seed has heard what happened while it was
+/// away. Roles must not be given by what stood in the archive then.
+#[derive(Debug)]
+pub(crate) struct Governor {
+    next: Instant,
+    /// Until when the first peers may take to bring the seed up to date; `None` once the rules have been applied.
+    patience: Option<Instant>,
+    /// Whether a peer is linked, or was.
+    met: bool,
+}
+
+impl Governor {
+    pub(crate) fn new(now: Instant) -> Self {
+        Self { next: now + NOBODY_THERE, patience: Some(now + FIRST_SYNC), met: false }
+    }
+
+    /// A peer is linked, and was asked for what we lack.
+    pub(crate) fn met(&mut self, now: Instant) {
+        if self.patience.is_some() && !std::mem::replace(&mut self.met, true) {
+            self.next = now + SYNC_QUIET;
+        }
+    }
+
+    /// Something has changed in the room.
+    pub(crate) fn heard(&mut self, now: Instant) {
+        if let Some(patience) = self.patience.filter(|_| self.met) {
+            self.next = (now + SYNC_QUIET).min(patience);
+        }
+    }
+
+    /// Whether the rules are due; then they count as applied.
+    pub(crate) fn is_due(&mut self, now: Instant) -> bool {
+        if now < self.next {
+            return false;
+        }
+        self.patience = None;
+        self.next = now + GOVERN_INTERVAL;
+        true
+    }
+
+    fn next_tick(&self) -> Instant {
+        self.next
     }
 }
 
@@ -145,6 +210,26 @@ impl RoomAnswers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rules_wait_for_the_first_peers_and_then_for_nobody() {
+        let start = Instant::now();
+        let mut governor = Governor::new(start);
+        assert!(!governor.is_due(start) && governor.next_tick() == start + NOBODY_THERE);
+        governor.heard(start);
+        let met = start + Duration::from_secs(10);
+        governor.met(met);
+        assert_eq!(governor.next_tick(), met + SYNC_QUIET);
+        let heard = met + Duration::from_secs(2);
+        governor.heard(heard);
+        assert!(!governor.is_due(met + SYNC_QUIET));
+        governor.heard(start + FIRST_SYNC);
+        assert_eq!(governor.next_tick(), start + FIRST_SYNC, "they cannot keep it from ruling");
+        assert!(governor.is_due(start + FIRST_SYNC));
+        governor.heard(start + FIRST_SYNC);
+        governor.met(start + FIRST_SYNC);
+        assert_eq!(governor.next_tick(), start + FIRST_SYNC + GOVERN_INTERVAL);
+    }
 
     #[test]
     fn many_who_ask_get_one_answer_for_the_one_who_knows_least() {

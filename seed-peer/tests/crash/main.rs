@@ -32,7 +32,7 @@ const RELAY: &str = "HOMEPORT_TEST_SEED_RELAY";
 #[ignore = "runs in a process of its own, which another test starts"]
 async fn a_seed_of_its_own() {
     let (data, relay) = (std::env::var(DATA).unwrap(), std::env::var(RELAY).unwrap());
-    let room = seed_peer::RoomConfig { name: "my-app".into(), password: String::new(), cells: None };
+    let room = seed_peer::RoomConfig::named("my-app");
     let mut seed = Server::bind(config(&[&relay], Path::new(&data), vec![room])).unwrap();
     seed.ended().await;
 }

@@ -41,16 +41,13 @@ pub(crate) fn seed(relays: &[&str], data: &Path) -> Server {
 }
 
 pub(crate) fn seed_with(relays: &[&str], data: &Path, relay_key: RelayKey) -> Server {
-    let rooms = vec![
-        RoomConfig { name: "my-app".into(), password: String::new(), cells: None },
-        RoomConfig { name: "secret".into(), password: "pw1".into(), cells: None },
-    ];
+    let rooms = vec![RoomConfig::named("my-app"), RoomConfig { password: "pw1".into(), ..RoomConfig::named("secret") }];
     Server::bind(Config { relay_key, ..config(relays, data, rooms) }).unwrap()
 }
 
 /// A seed in a room called `my-app`, in cells.
 pub(crate) fn seed_in_cells(relay: &str, data: &Path, cells: CellsConfig) -> Server {
-    let room = RoomConfig { name: "my-app".into(), password: String::new(), cells: Some(cells) };
+    let room = RoomConfig { cells: Some(cells), ..RoomConfig::named("my-app") };
     Server::bind(config(&[relay], data, vec![room])).unwrap()
 }
 
@@ -61,6 +58,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         external: None,
         data: data.to_owned(),
         relays: relays.iter().map(|url| (*url).to_owned()).collect(),
+        identity: None,
         rooms,
         bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
         keep: None,

@@ -230,8 +230,7 @@ async fn a_seed_in_hundreds_of_rooms_is_found_in_each() {
     let data = tempfile::tempdir().unwrap();
     let cells =
         |number: usize| (number % 2 == 1).then_some(CellsConfig { cell_size: 10, bridge: seed_peer::Bridge::One });
-    let room =
-        |number: usize| RoomConfig { name: format!("room-{number}"), password: String::new(), cells: cells(number) };
+    let room = |number: usize| RoomConfig { cells: cells(number), ..RoomConfig::named(&format!("room-{number}")) };
     let seed = Server::bind(config(&[&url], data.path(), (0..300).map(room).collect())).unwrap();
     for number in [0, 1, 149, 150, 298, 299] {
         let name = format!("room-{number}");
@@ -256,7 +255,7 @@ async fn rooms_are_added_paused_and_removed_under_the_feet_of_their_peers() {
     let url = url(&relay);
     let data = tempfile::tempdir().unwrap();
     let seed = seed(&[&url], data.path());
-    let extra = RoomConfig { name: "extra".into(), password: "pw".into(), cells: None };
+    let extra = RoomConfig { password: "pw".into(), ..RoomConfig::named("extra") };
     seed.rooms().add(extra.clone()).await.unwrap();
     assert_eq!(seed.rooms().add(extra.clone()).await, Err(RoomError::Exists));
     let join = || Client::join(&url, "extra", "pw", new_id(), MemoryGraph::default());
