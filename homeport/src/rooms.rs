@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
-use seed_peer::{Bridge, Doubtful, RoomStatus, Source, Verification};
+use seed_peer::{Bridge, Doubtful, History, RoomStatus, Source, Verification};
 
 use crate::admin::{self, Request, Response};
 use crate::settings::{self, CellsSettings};
@@ -126,7 +126,7 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
 fn verify(data: &Path, name: &str) -> anyhow::Result<()> {
     let mut doubtful = 0u64;
     let Verification { signed, vouched, unsigned, nodes, authors } =
-        seed_peer::verify_room(data, name, |Doubtful { seq, received_ms, reason }| {
+        History::open(data, name)?.verify(|Doubtful { seq, received_ms, reason }| {
             doubtful += 1;
             println!("operation {seq}, accepted at {received_ms} ms: {reason}");
         })?;

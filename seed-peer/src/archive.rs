@@ -36,10 +36,13 @@ use crate::metrics::Metrics;
 use crate::rooms::{Respond, RoomError, Source};
 use crate::security::Security;
 use crate::server::RoomConfig;
+pub(crate) use compaction::replay;
+pub(crate) use graph::{RoomGraph, RoomState, read_node, unsigned};
+pub(crate) use merging::timestamp_of;
 use reader::Reader;
 use schema::ArchiveFile;
-pub(crate) use schema::FILE_NAME;
 pub use schema::OpenError;
+pub(crate) use schema::{FILE_NAME, TABLES};
 use verifier::{Task, Verifier};
 use writer::Writer;
 
@@ -358,6 +361,12 @@ impl Archive {
 
 fn health_ok(health: &Health) -> bool {
     health.set("archive", State::Ok)
+}
+
+/// Compacts some of what was received before `horizon_ms`, and says how many entries.
+#[cfg(test)]
+pub(crate) fn compact(connection: &mut rusqlite::Connection, horizon_ms: u64) -> u64 {
+    compaction::step(connection, horizon_ms).expect("the archive is there")
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 mod addresses;
 mod archive;
 mod cells;
+mod history;
 mod link;
 mod links;
 mod mesh;
@@ -16,13 +17,15 @@ mod roster;
 mod security;
 mod server;
 mod signalling;
-mod verify;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, Edit, EditError, Imported, OpenError, Written};
 pub use cells::{Bridge, CellsConfig};
+pub use history::{
+    Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,
+    Verification, diff, restoration,
+};
 pub use relay_key::{RelayKey, RelayKeyError};
 pub use rooms::{RoomError, RoomStatus, Rooms, Source};
 pub use security::Security;
 pub use server::{Config, RoomConfig, Server, StartError};
-pub use verify::{Doubtful, Verification, VerifyError, verify_room};

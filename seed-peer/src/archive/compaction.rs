@@ -4,11 +4,13 @@
 //! It is the room as it was before the first entry of its log. Compacting an entry applies it to the shadow, by the
 //! same rules as ever, and takes it out of the log. Shadow and log together are the room at any moment since.
 
+use genosdb::Hlc;
 use genosdb::graph::{Outcome, Store as _, apply};
 use genosdb::operation::{Node, Operation};
 use rusqlite::{Connection, OptionalExtension as _, Transaction, params};
 
 use super::graph::{RoomGraph, signed, unsigned};
+use super::merging::timestamp_of;
 use super::{RoomKey, room_rows};
 
 /// Entries that are compacted in one transaction: writing waits for no more.
@@ -36,7 +38,9 @@ pub(super) fn step(connection: &mut Connection, horizon_ms: u64) -> rusqlite::Re
     // In the order of the log, and no further: a clock that was set back does not change what came first.
     for (seq, kind, text, received) in entries.iter().take_while(|(.., received)| *received < signed(horizon_ms)) {
         let mut graph = RoomGraph { connection: &transaction, state: &mut state };
-        replay(&mut graph, *kind, text, unsigned(*received))?;
+        if let Some(timestamp) = replay(&mut graph, *kind, text, unsigned(*received))? {
+            state.see(timestamp);
+        }
         last = *seq;
     }
     state.seq = unsigned(last);
@@ -46,25 +50,34 @@ pub(super) fn step(connection: &mut Connection, horizon_ms: u64) -> rusqlite::Re
     Ok(u64::try_from(taken).unwrap_or(u64::MAX))
 }
 
-/// Applies an entry of the log to a graph.
-fn replay(graph: &mut RoomGraph<'_>, kind: i64, text: &str, received_ms: u64) -> rusqlite::Result<()> {
+/// Applies an entry of the log to a graph. Returns its timestamp.
+pub(crate) fn replay(
+    graph: &mut RoomGraph<'_>,
+    kind: i64,
+    text: &str,
+    received_ms: u64,
+) -> rusqlite::Result<Option<Hlc>> {
     if kind == 0 {
         match Operation::parse(text, &mut 0) {
             Ok(operation) => {
                 let outcome = apply(graph, &operation, received_ms)?;
                 if outcome != Outcome::Applied {
-                    tracing::debug!(?outcome, "a logged operation did not change the snapshot");
+                    tracing::debug!(?outcome, "a logged operation did not change the graph");
                 }
+                return Ok(Some(timestamp_of(&operation)));
             }
             Err(error) => tracing::error!(%error, "a logged operation is not one"),
         }
-        return Ok(());
+        return Ok(None);
     }
     match Node::parse(text) {
-        Ok(node) => graph.set_node(&node),
+        Ok(node) => {
+            graph.set_node(&node)?;
+            Ok(Some(node.timestamp))
+        }
         Err(error) => {
             tracing::error!(%error, "a logged node is not one");
-            Ok(())
+            Ok(None)
         }
     }
 }

@@ -78,7 +78,8 @@ impl From<Edit> for EditText {
 }
 
 impl Edit {
-    fn at(&self, timestamp: Hlc) -> Operation {
+    /// The edit as an operation.
+    pub(crate) fn at(&self, timestamp: Hlc) -> Operation {
         let extra = Vec::new();
         match self.clone() {
             Self::Upsert { id, value } => Operation::Upsert(Upsert { id, value: Some(value), timestamp, extra }),

@@ -3,7 +3,7 @@
 use genosdb::json::{self, Json, JsonString};
 use genosdb::operation::{Extra, Node};
 use genosdb::{Hlc, Store};
-use rusqlite::{Connection, OptionalExtension as _, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 /// What the archive keeps of a room in memory: the row of `room`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -143,6 +143,17 @@ fn print_extra(node: &Node) -> String {
     printed.join(",")
 }
 
+/// Reads a node from a row of its id, value, edges, unknown members and timestamp.
+pub(crate) fn read_node(row: &Row<'_>) -> rusqlite::Result<Node> {
+    Ok(Node {
+        id: JsonString::from_printed(row.get(0)?),
+        value: row.get::<_, Option<String>>(1)?.map(Json::from_printed),
+        edges: parse_edges(row.get_ref(2)?.as_str()?),
+        timestamp: Hlc::new(unsigned(row.get(4)?), unsigned(row.get(5)?)),
+        extra: parse_extra(row.get_ref(3)?.as_str()?),
+    })
+}
+
 /// The members of an `extra` column, which [`print_extra`] printed.
 fn parse_extra(text: &str) -> Extra {
     if text.is_empty() {
@@ -170,16 +181,8 @@ impl Store for RoomGraph<'_> {
 
     fn node(&mut self, id: &JsonString) -> rusqlite::Result<Option<Node>> {
         self.connection
-            .prepare_cached("SELECT value, edges, extra, physical, logical FROM node WHERE room = ? AND id = ?")?
-            .query_row(params![self.state.id, id.as_printed()], |row| {
-                Ok(Node {
-                    id: id.clone(),
-                    value: row.get::<_, Option<String>>(0)?.map(Json::from_printed),
-                    edges: parse_edges(row.get_ref(1)?.as_str()?),
-                    timestamp: Hlc::new(unsigned(row.get(3)?), unsigned(row.get(4)?)),
-                    extra: parse_extra(row.get_ref(2)?.as_str()?),
-                })
-            })
+            .prepare_cached("SELECT id, value, edges, extra, physical, logical FROM node WHERE room = ? AND id = ?")?
+            .query_row(params![self.state.id, id.as_printed()], read_node)
             .optional()
     }
 

@@ -22,7 +22,7 @@ pub(crate) const FILE_NAME: &str = "archive.sqlite";
 /// `log` is the archive proper: every operation that was ever accepted, in the order of acceptance, as JSON text
 /// (`kind` 0), and every node that was taken from a peer's full state (`kind` 1). `node`, `edge` and `tombstone` are
 /// what the log amounts to. Ids are JSON string contents: a quote in an id is stored as `\"`.
-const TABLES: &str = "
+pub(crate) const TABLES: &str = "
 CREATE TABLE room (
     id INTEGER PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,       -- the database's name, as configured

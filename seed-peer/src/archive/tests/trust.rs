@@ -146,7 +146,7 @@ fn who_signs_a_delta_or_a_state_vouches_for_what_it_may_do_itself() {
     drop(room);
     // The log knows on whose word each stands there, and holds no signature that does not hold.
     let mut doubtful = 0;
-    let verification = crate::verify_room(folder.path(), "my-app", |_| doubtful += 1).unwrap();
+    let verification = crate::History::open(folder.path(), "my-app").unwrap().verify(|_| doubtful += 1).unwrap();
     assert_eq!((verification.signed, verification.vouched, verification.unsigned, doubtful), (3, 3, 0, 0));
     assert_eq!(verification.authors, [(identity(1).address(), 2), (identity(2).address(), 1)].into());
 }
@@ -199,7 +199,7 @@ fn an_operation_from_the_far_future_is_not_kept_as_signed() {
     assert_eq!(room.ids(), ["a"]);
     drop(room);
     let mut doubtful = 0;
-    let verification = crate::verify_room(folder.path(), "my-app", |_| doubtful += 1).unwrap();
+    let verification = crate::History::open(folder.path(), "my-app").unwrap().verify(|_| doubtful += 1).unwrap();
     assert_eq!((verification.signed, verification.vouched, doubtful), (0, 1, 0));
 }
 
