@@ -342,7 +342,11 @@ impl Node {
 }
 
 impl Removal {
-    fn parse(text: &str) -> Result<Self, OperationError> {
+    /// Parses a removal as it stands in a full state.
+    ///
+    /// # Errors
+    /// [`OperationError`] when it is not one.
+    pub fn parse(text: &str) -> Result<Self, OperationError> {
         let mut members = Members::parse(text)?;
         Ok(Self { id: required_string(&mut members, "id")?, timestamp: required_timestamp(&mut members)? })
     }

@@ -1,7 +1,7 @@
 //! The admin socket: a Unix socket in the data folder through which `homeport rooms` speaks with a running seed.
 //!
-//! A connection carries one request and one response, each one line of JSON. Who may open the socket is who may read
-//! the archive: its owner.
+//! A connection carries requests and their responses in turn, each one line of JSON. Who may open the socket is who may
+//! read the archive: its owner.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use genosdb::{Node, Removal};
 use relay::ServedRooms;
-use seed_peer::{RoomConfig, RoomError, RoomStatus, Rooms, Security};
+use seed_peer::{Edit, Imported, RoomConfig, RoomError, RoomStatus, Rooms, Security, Written};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
@@ -21,10 +22,10 @@ use crate::settings::{self, CellsSettings};
 
 /// The socket's name in the data folder.
 const NAME: &str = "admin.sock";
-/// Bytes of a request.
-const MAX_REQUEST: u64 = 64 << 10;
-/// How long either side waits for the other.
-const TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of a request: edits hold values, and those are as large as the settings let them be.
+const MAX_REQUEST: u64 = 256 << 20;
+/// How long either side waits for the other; a busy disk takes its time.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What `homeport rooms` asks for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -46,6 +47,12 @@ pub(crate) enum Request {
     Resume { name: String },
     /// Leave a room that was added.
     Remove { name: String },
+    /// Write to a room under the seed's own name.
+    Edit { name: String, edits: Vec<Edit> },
+    /// Take nodes and removals over as they are: each the JSON of one.
+    Import { name: String, nodes: Vec<String>, removals: Vec<String> },
+    /// Send a room's whole state to its peers.
+    Tell { name: String },
 }
 
 /// What becomes of it.
@@ -56,6 +63,10 @@ pub(crate) enum Response {
     Done,
     /// The rooms.
     Rooms { rooms: Vec<RoomStatus> },
+    /// What became of edits.
+    Written(Written),
+    /// What became of an import.
+    Imported(Imported),
     /// It cannot be.
     Refused { reason: String },
 }
@@ -83,10 +94,8 @@ impl AdminSocket {
                     Ok((stream, _)) => {
                         let (rooms, served) = (rooms.clone(), served.clone());
                         tokio::spawn(async move {
-                            match tokio::time::timeout(TIMEOUT, serve(stream, &rooms, served.as_ref())).await {
-                                Ok(Ok(())) => {}
-                                Ok(Err(error)) => tracing::debug!(%error, "a request on the admin socket"),
-                                Err(_) => tracing::debug!("a request on the admin socket took too long"),
+                            if let Err(error) = serve(stream, &rooms, served.as_ref()).await {
+                                tracing::debug!(%error, "a request on the admin socket");
                             }
                         });
                     }
@@ -111,18 +120,26 @@ impl AdminSocket {
 
 async fn serve(stream: UnixStream, rooms: &Rooms, served: Option<&ServedRooms>) -> std::io::Result<()> {
     let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    tokio::io::BufReader::new(reader.take(MAX_REQUEST)).read_line(&mut line).await?;
-    let response = match serde_json::from_str(&line) {
-        Ok(request) => {
-            let done = grant(request, rooms, served).await;
-            done.unwrap_or_else(|error| Response::Refused { reason: error.to_string() })
-        }
-        Err(error) => Response::Refused { reason: format!("not a request: {error}") },
-    };
-    let mut text = serde_json::to_string(&response)?;
-    text.push('\n');
-    writer.write_all(text.as_bytes()).await
+    let mut reader = tokio::io::BufReader::new(reader).take(MAX_REQUEST);
+    loop {
+        let mut line = String::new();
+        reader.set_limit(MAX_REQUEST);
+        match tokio::time::timeout(TIMEOUT, reader.read_line(&mut line)).await {
+            Ok(Ok(0)) => return Ok(()),
+            Ok(read) => read?,
+            Err(_) => return Err(std::io::ErrorKind::TimedOut.into()),
+        };
+        let response = match serde_json::from_str(&line) {
+            Ok(request) => {
+                let done = grant(request, rooms, served).await;
+                done.unwrap_or_else(|error| Response::Refused { reason: error.to_string() })
+            }
+            Err(error) => Response::Refused { reason: format!("not a request: {error}") },
+        };
+        let mut text = serde_json::to_string(&response)?;
+        text.push('\n');
+        writer.write_all(text.as_bytes()).await?;
+    }
 }
 
 async fn grant(request: Request, rooms: &Rooms, served: Option<&ServedRooms>) -> Result<Response, RoomError> {
@@ -150,6 +167,16 @@ async fn grant(request: Request, rooms: &Rooms, served: Option<&ServedRooms>) ->
             }
             added?;
         }
+        Request::Edit { name, edits } => return Ok(Response::Written(rooms.edit(&name, edits).await?)),
+        Request::Import { name, nodes, removals } => {
+            let nodes: Result<Vec<_>, _> = nodes.iter().map(|text| Node::parse(text)).collect();
+            let removals: Result<Vec<_>, _> = removals.iter().map(|text| Removal::parse(text)).collect();
+            return match (nodes, removals) {
+                (Ok(nodes), Ok(removals)) => Ok(Response::Imported(rooms.import(&name, nodes, removals).await?)),
+                (Err(error), _) | (_, Err(error)) => Ok(Response::Refused { reason: format!("not a node: {error}") }),
+            };
+        }
+        Request::Tell { name } => rooms.tell(&name).await?,
         Request::Pause { name } => rooms.pause(&name).await?,
         Request::Resume { name } => rooms.resume(&name).await?,
         Request::Remove { name } => {
@@ -162,19 +189,34 @@ async fn grant(request: Request, rooms: &Rooms, served: Option<&ServedRooms>) ->
     Ok(Response::Done)
 }
 
-/// Asks the process that has the data folder.
-pub(crate) fn ask(data: &Path, request: &Request) -> anyhow::Result<Response> {
-    let path = data.join(NAME);
-    let mut stream = BlockingStream::connect(&path)
-        .with_context(|| format!("no homeport with a seed runs on {} ({})", data.display(), path.display()))?;
-    stream.set_read_timeout(Some(TIMEOUT))?;
-    let mut text = serde_json::to_string(request)?;
-    text.push('\n');
-    stream.write_all(text.as_bytes())?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    if line.is_empty() {
-        bail!("homeport did not answer in time");
+/// A connection to the process that has the data folder.
+pub(crate) struct AdminClient {
+    stream: BufReader<BlockingStream>,
+}
+
+impl AdminClient {
+    /// Connects to it, if it runs.
+    pub(crate) fn connect(data: &Path) -> anyhow::Result<Self> {
+        let path = data.join(NAME);
+        let stream = BlockingStream::connect(&path)
+            .with_context(|| format!("no homeport with a seed runs on {} ({})", data.display(), path.display()))?;
+        stream.set_read_timeout(Some(TIMEOUT))?;
+        Ok(Self { stream: BufReader::new(stream) })
     }
-    Ok(serde_json::from_str(&line)?)
+
+    /// Asks for something; what is refused is an error.
+    pub(crate) fn ask(&mut self, request: &Request) -> anyhow::Result<Response> {
+        let mut text = serde_json::to_string(request)?;
+        text.push('\n');
+        self.stream.get_mut().write_all(text.as_bytes())?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line)?;
+        if line.is_empty() {
+            bail!("homeport did not answer in time");
+        }
+        match serde_json::from_str(&line)? {
+            Response::Refused { reason } => bail!("{reason}"),
+            response => Ok(response),
+        }
+    }
 }

@@ -12,6 +12,7 @@ mod summary;
 mod turn_credentials;
 mod turn_secret;
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -103,6 +104,12 @@ fn main() -> ExitCode {
 fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever read our output has had enough of it, as `head` has.
+        Err(error)
+            if error.downcast_ref().is_some_and(|error: &std::io::Error| error.kind() == ErrorKind::BrokenPipe) =>
+        {
+            ExitCode::SUCCESS
+        }
         Err(error) => {
             eprintln!("homeport: {error:#}");
             ExitCode::FAILURE

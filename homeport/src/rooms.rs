@@ -1,4 +1,10 @@
-//! `homeport rooms`: what rooms a running seed is in, and how that changes without a restart.
+//! `homeport rooms`: the rooms of a seed, what is and was in them, and how that changes without a restart.
+
+mod export;
+mod history;
+mod import;
+mod progress;
+mod restore;
 
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -7,8 +13,12 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 use seed_peer::{Bridge, Doubtful, History, RoomStatus, Source, Verification};
 
-use crate::admin::{self, Request, Response};
+use crate::admin::{AdminClient, Request, Response};
 use crate::settings::{self, CellsSettings};
+use export::ExportArgs;
+use history::{DiffArgs, LogArgs, ShowArgs};
+use import::ImportArgs;
+use restore::RestoreArgs;
 
 #[derive(Debug, Args)]
 pub(crate) struct RoomsArgs {
@@ -30,11 +40,18 @@ enum RoomsCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Show one room
-    Show {
-        /// The database's name
-        name: String,
-    },
+    /// Show one room; with --at or --query, its nodes as JSON lines
+    Show(ShowArgs),
+    /// Write a room's nodes and removals out as JSON lines, with their timestamps
+    Export(ExportArgs),
+    /// Say what differs between two moments of a room
+    Diff(DiffArgs),
+    /// Show a room's log
+    Log(LogArgs),
+    /// Take over what an export holds, or nodes of your own, one JSON object a line
+    Import(ImportArgs),
+    /// Bring a room back to what it was: says what that takes, and does it with --yes
+    Restore(RestoreArgs),
     /// Join a room, now and after restarts
     Add {
         /// The database's name
@@ -87,7 +104,7 @@ fn parse_bridge(text: &str) -> Result<Bridge, String> {
 pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
     let settings = settings::load(args.config.as_deref(), args.data.as_deref(), &[])?;
     let data = &settings.seed.data;
-    let list = || match admin::ask(data, &Request::List)? {
+    let list = || match AdminClient::connect(data)?.ask(&Request::List)? {
         Response::Rooms { rooms } => Ok(rooms),
         other => bail!("an answer to something else: {other:?}"),
     };
@@ -100,12 +117,18 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
             print!("{}", table(&list()?));
             return Ok(());
         }
-        RoomsCommand::Show { name } => {
+        RoomsCommand::Show(args) if args.is_of_nodes() => return history::show(data, &args),
+        RoomsCommand::Show(args) => {
             let rooms = list()?;
-            let room = rooms.iter().find(|room| room.name == name).context("there is no such room")?;
+            let room = rooms.iter().find(|room| room.name == args.name).context("there is no such room")?;
             print!("{}", details(room));
             return Ok(());
         }
+        RoomsCommand::Export(args) => return export::export(data, &args),
+        RoomsCommand::Diff(args) => return history::diff(data, &args),
+        RoomsCommand::Log(args) => return history::log(data, &args),
+        RoomsCommand::Import(args) => return import::import(data, &args),
+        RoomsCommand::Restore(args) => return restore::restore(data, &args),
         RoomsCommand::Verify { name } => return verify(data, &name),
         RoomsCommand::Add { name, password_file, cell_size, bridge, super_admin } => {
             let password = password_file.as_ref().map(read_password).transpose()?.unwrap_or_default();
@@ -116,10 +139,18 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
         RoomsCommand::Resume { name } => Request::Resume { name },
         RoomsCommand::Remove { name } => Request::Remove { name },
     };
-    match admin::ask(data, &request)? {
-        Response::Refused { reason } => bail!("{reason}"),
-        Response::Done | Response::Rooms { .. } => Ok(()),
-    }
+    AdminClient::connect(data)?.ask(&request).map(drop)
+}
+
+/// The time of day, ms since the Unix epoch.
+fn wall_ms() -> u64 {
+    let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A time of day as people and programs read it (RFC 3339).
+fn printed_ms(ms: u64) -> String {
+    humantime::format_rfc3339_millis(std::time::UNIX_EPOCH + std::time::Duration::from_millis(ms)).to_string()
 }
 
 /// Checks a room's log in the archive itself, whether a homeport runs on it or not.
@@ -128,7 +159,7 @@ fn verify(data: &Path, name: &str) -> anyhow::Result<()> {
     let Verification { signed, vouched, unsigned, nodes, authors } =
         History::open(data, name)?.verify(|Doubtful { seq, received_ms, reason }| {
             doubtful += 1;
-            println!("operation {seq}, accepted at {received_ms} ms: {reason}");
+            println!("operation {seq}, accepted at {}: {reason}", printed_ms(received_ms));
         })?;
     println!(
         "{signed} operations hold, {vouched} stand on the word of who sent them, {unsigned} are not signed, \

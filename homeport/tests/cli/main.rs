@@ -1,6 +1,8 @@
 //! The binary as a person meets it: what it says when something is wrong, and how it ends.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod archive;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::Path;
