@@ -3,6 +3,7 @@
 
 mod addresses;
 mod archive;
+mod backup;
 mod cells;
 mod history;
 mod link;
@@ -20,6 +21,10 @@ mod signalling;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, Edit, EditError, Imported, OpenError, Written};
+pub use backup::{
+    BackupConfig, BackupContent, BackupError, BackupReport, BackupTarget, Backups, Kind, ListedBackup, ManifestError,
+    Restored, S3Settings, TargetError,
+};
 pub use cells::{Bridge, CellsConfig};
 pub use history::{
     Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,

@@ -30,6 +30,10 @@ pub(crate) struct Metrics {
     pub(crate) archive_commit_seconds: Histogram,
     pub(crate) archive_failures: IntCounter,
     pub(crate) compacted: IntCounter,
+    pub(crate) backups: IntCounterVec,
+    pub(crate) backup_time: IntGauge,
+    pub(crate) backup_seconds: Histogram,
+    pub(crate) backup_bytes: IntCounter,
     pub(crate) relays_connected: IntGauge,
     pub(crate) relay_drops: IntCounter,
     pub(crate) udp_drops: IntCounterVec,
@@ -168,6 +172,30 @@ impl Metrics {
                     "homeport_seed_compacted_operations_total",
                     "Operations that were older than seed.keep, and were compacted.",
                 )?,
+            )?,
+            backups: counters(
+                "homeport_seed_backups_total",
+                "Backups of the archive, by what became of them.",
+                "result",
+                &["made", "failed"],
+            )?,
+            backup_time: add(
+                registry,
+                IntGauge::new(
+                    "homeport_seed_backup_timestamp_seconds",
+                    "When the newest backup was made, as Unix time; 0 before the first.",
+                )?,
+            )?,
+            backup_seconds: add(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new("homeport_seed_backup_seconds", "Time to make and verify a backup.")
+                        .buckets(vec![0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1_800.0]),
+                )?,
+            )?,
+            backup_bytes: add(
+                registry,
+                IntCounter::new("homeport_seed_backup_bytes_total", "Bytes that were written for backups.")?,
             )?,
             relays_connected: add(
                 registry,

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{Addresses, ExternalAddress};
 use crate::archive::{Archive, ArchiveConfig, Bounds, OpenError, Opened};
+use crate::backup::{BackupConfig, BackupSchedule, TargetError};
 use crate::cells::CellsConfig;
 use crate::links::{LinkSocket, Links};
 use crate::mesh::{Mesh, State};
@@ -86,6 +87,8 @@ pub struct Config {
     pub operations_per_second: u32,
     /// Links at a time, over all rooms. Default 4,096.
     pub max_links: usize,
+    /// When and where to back the archive up.
+    pub backup: Option<BackupConfig>,
 }
 
 /// The seed peer could not be started.
@@ -106,6 +109,9 @@ pub enum StartError {
     /// A metric is registered twice.
     #[error(transparent)]
     Metrics(#[from] prometheus::Error),
+    /// Backups cannot be kept where they should be.
+    #[error("backups cannot be kept there (setting seed.backup.to): {0}")]
+    Backup(#[from] TargetError),
     /// There is nothing to seal links with.
     #[error("cannot make a certificate for links: {0}")]
     Certificate(String),
@@ -142,6 +148,11 @@ impl Server {
             .ok_or_else(|| StartError::Certificate("the crypto provider has none".into()))?;
         provider.install_process_default();
         let connector = tls_connector().map_err(StartError::Certificate)?;
+
+        let backup = config
+            .backup
+            .map(|backup| BackupSchedule::new(backup, config.data.clone(), metrics.clone(), telemetry.health.clone()));
+        let backup = backup.transpose()?;
 
         // The port before the archive: a second process started by mistake is told of the port.
         let socket = LinkSocket::new(listen::udp("seed.listen", config.listen)?)?;
@@ -194,6 +205,9 @@ impl Server {
         }
         let (commands, wishes) = mpsc::channel(COMMAND_QUEUE);
         let stop = CancellationToken::new();
+        if let Some(backup) = backup {
+            tokio::spawn(backup.run(stop.clone()));
+        }
         let mesh = Some(tokio::spawn(mesh.run(heard, replies, wishes, stop.clone())));
         Ok(Self { address, telemetry, rooms: Rooms::new(commands), stop, mesh })
     }

@@ -89,11 +89,17 @@ fn shadow_of(transaction: &Transaction<'_>, room: i64) -> rusqlite::Result<RoomK
     if let Some(id) = found {
         return Ok(RoomKey(id));
     }
+    make_shadow(transaction, room)?;
+    Ok(RoomKey(transaction.last_insert_rowid()))
+}
+
+/// Makes the shadow of a room, empty: the row that was inserted last.
+pub(crate) fn make_shadow(connection: &Connection, room: i64) -> rusqlite::Result<()> {
     // No database has a name that starts so: names are not empty, and this one is of two parts.
-    transaction.execute(
+    connection.execute(
         "INSERT INTO room (name, peer_id, snapshot_of, paused, nodes, bytes, seq)
          SELECT 'snapshot of ' || id || char(0), peer_id, id, 1, 0, 0, 0 FROM room WHERE id = ?",
         [room],
     )?;
-    Ok(RoomKey(transaction.last_insert_rowid()))
+    Ok(())
 }

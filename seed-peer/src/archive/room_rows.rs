@@ -111,7 +111,7 @@ pub(super) fn load(connection: &Connection, room: RoomKey) -> rusqlite::Result<R
 }
 
 /// Writes where a room stands.
-pub(super) fn save(connection: &Connection, state: &RoomState) -> rusqlite::Result<()> {
+pub(crate) fn save(connection: &Connection, state: &RoomState) -> rusqlite::Result<()> {
     connection
         .prepare_cached("UPDATE room SET nodes = ?, bytes = ?, seq = ?, physical = ?, logical = ? WHERE id = ?")?
         .execute(params![

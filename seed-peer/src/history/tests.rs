@@ -17,16 +17,16 @@ use crate::archive::{Edit, RoomGraph, RoomState, schema};
 const START_MS: u64 = 1_795_000_000_000;
 
 /// An archive that is written without a seed, as the seed writes it.
-struct Written {
-    file: schema::ArchiveFile,
-    state: RoomState,
+pub(crate) struct Written {
+    pub(crate) file: schema::ArchiveFile,
+    pub(crate) state: RoomState,
     /// Every log entry: when it came, its author's timestamp, and the graph behind it.
-    moments: Vec<(u64, Hlc, MemoryGraph)>,
-    graph: MemoryGraph,
+    pub(crate) moments: Vec<(u64, Hlc, MemoryGraph)>,
+    pub(crate) graph: MemoryGraph,
 }
 
 impl Written {
-    fn new(folder: &Path) -> Self {
+    pub(crate) fn new(folder: &Path) -> Self {
         let file = schema::open(folder).unwrap();
         file.connection
             .execute("INSERT INTO room (name, peer_id, nodes, seq) VALUES ('my-app', 'z', 0, 0)", [])
@@ -48,7 +48,7 @@ impl Written {
         self.moments.push((received, timestamp, self.graph.clone()));
     }
 
-    fn apply(&mut self, operation: &Operation, received: u64) {
+    pub(crate) fn apply(&mut self, operation: &Operation, received: u64) {
         let expected = self.graph.apply(operation, received);
         let mut graph = RoomGraph { connection: &self.file.connection, state: &mut self.state };
         assert_eq!(genosdb::graph::apply(&mut graph, operation, received).unwrap(), expected);
@@ -82,12 +82,12 @@ impl Written {
         }
     }
 
-    fn save(&self) {
+    pub(crate) fn save(&self) {
         let RoomState { nodes, bytes, seq, latest, .. } = self.state;
         self.file
             .connection
             .execute(
-                "UPDATE room SET nodes = ?, bytes = ?, seq = ?, physical = ?, logical = ?",
+                "UPDATE room SET nodes = ?, bytes = ?, seq = ?, physical = ?, logical = ? WHERE id = 1",
                 params![
                     signed(nodes),
                     signed(bytes),
@@ -100,7 +100,7 @@ impl Written {
     }
 }
 
-fn random_operation(random: &mut StdRng, clock: &mut Clock, wall_ms: u64) -> Operation {
+pub(crate) fn random_operation(random: &mut StdRng, clock: &mut Clock, wall_ms: u64) -> Operation {
     let (one, other) = (random.random_range(0..8), random.random_range(0..8));
     // Some authors' clocks are behind.
     let skew = if random.random_bool(0.2) { random.random_range(0..5_000) } else { 0 };
@@ -118,7 +118,7 @@ fn random_operation(random: &mut StdRng, clock: &mut Clock, wall_ms: u64) -> Ope
 }
 
 /// A history of about `length` operations, with a peer's full state in it now and then.
-fn random_history(folder: &Path, random: &mut StdRng, length: usize) -> Written {
+pub(crate) fn random_history(folder: &Path, random: &mut StdRng, length: usize) -> Written {
     let mut written = Written::new(folder);
     let (mut clock, mut wall_ms) = (Clock::default(), START_MS);
     let mut peer = MemoryGraph::default();
@@ -144,12 +144,12 @@ fn history(folder: &Path) -> History {
     History::open(folder, "my-app").unwrap()
 }
 
-fn at(folder: &Path, moment: Moment) -> PastRoom {
+pub(crate) fn at(folder: &Path, moment: Moment) -> PastRoom {
     history(folder).at(moment, |_| ()).unwrap()
 }
 
 /// All of a room, as peers would hold it.
-fn all(room: &PastRoom) -> (Vec<Node>, Vec<genosdb::Removal>) {
+pub(crate) fn all(room: &PastRoom) -> (Vec<Node>, Vec<genosdb::Removal>) {
     let (mut nodes, mut removals) = (Vec::new(), Vec::new());
     room.each_node(|node| {
         nodes.push(node);

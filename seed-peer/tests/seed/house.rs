@@ -65,6 +65,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         message_bytes: 64 << 20,
         operations_per_second: 1_000,
         max_links: 600,
+        backup: None,
     }
 }
 
