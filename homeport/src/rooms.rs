@@ -1,5 +1,6 @@
 //! `homeport rooms`: the rooms of a seed, what is and was in them, and how that changes without a restart.
 
+mod backup;
 mod export;
 mod history;
 mod import;
@@ -15,6 +16,7 @@ use seed_peer::{Bridge, Doubtful, History, RoomStatus, Source, Verification};
 
 use crate::admin::{AdminClient, Request, Response};
 use crate::settings::{self, CellsSettings};
+use backup::{BackupArgs, BackupsArgs, RestoreBackupArgs};
 use export::ExportArgs;
 use history::{DiffArgs, LogArgs, ShowArgs};
 use import::ImportArgs;
@@ -84,6 +86,12 @@ enum RoomsCommand {
         /// The database's name
         name: String,
     },
+    /// Back the archive up, all rooms of it, now
+    Backup(BackupArgs),
+    /// List the backups
+    Backups(BackupsArgs),
+    /// Make the archive anew from a backup, where there is none
+    RestoreBackup(RestoreBackupArgs),
     /// Leave a room that was added; what is archived stays, and is there again when the room is
     Remove {
         /// The database's name
@@ -127,6 +135,9 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
         RoomsCommand::Export(args) => return export::export(data, &args),
         RoomsCommand::Diff(args) => return history::diff(data, &args),
         RoomsCommand::Log(args) => return history::log(data, &args),
+        RoomsCommand::Backup(args) => return backup::backup(&settings.seed, &args),
+        RoomsCommand::Backups(args) => return backup::list(&settings.seed, &args),
+        RoomsCommand::RestoreBackup(args) => return backup::restore(&settings.seed, &args),
         RoomsCommand::Import(args) => return import::import(data, &args),
         RoomsCommand::Restore(args) => return restore::restore(data, &args),
         RoomsCommand::Verify { name } => return verify(data, &name),

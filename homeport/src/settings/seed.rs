@@ -11,7 +11,10 @@ use genosdb::governance::Rules;
 use genosdb::roles::{Role, Roles};
 use genosdb::security::Policy;
 use genosdb::signature::{Address, Identity};
-use seed_peer::{Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig, Security};
+use seed_peer::{
+    BackupConfig, BackupTarget, Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig, S3Settings,
+    Security,
+};
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
@@ -55,6 +58,75 @@ pub(crate) struct SeedSettings {
     max_nodes: u64,
     /// Bytes of all nodes of one room.
     max_room_bytes: u64,
+    /// Backups of the archive.
+    backup: Option<BackupSettings>,
+}
+
+/// `[seed.backup]`
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct BackupSettings {
+    /// A folder, or `s3://bucket/prefix`.
+    to: String,
+    /// How often, as `6h`.
+    every: String,
+    /// How often everything is written anew, as `7d`.
+    full_every: String,
+    /// How long backups are kept, as `30d`.
+    keep: String,
+    /// The address of a storage other than Amazon's.
+    endpoint: Option<String>,
+    /// The region of the storage.
+    region: Option<String>,
+    /// The id of its access key.
+    access_key_id: Option<String>,
+    /// The access key.
+    secret_access_key: Option<Zeroizing<String>>,
+}
+
+impl Default for BackupSettings {
+    fn default() -> Self {
+        Self {
+            to: String::new(),
+            every: "6h".into(),
+            full_every: "7d".into(),
+            keep: "30d".into(),
+            endpoint: None,
+            region: None,
+            access_key_id: None,
+            secret_access_key: None,
+        }
+    }
+}
+
+impl BackupSettings {
+    /// The place that `text` names, reached as the settings say.
+    fn target(&self, text: &str) -> Result<BackupTarget, SettingsError> {
+        let settings = S3Settings {
+            endpoint: self.endpoint.clone(),
+            region: self.region.clone(),
+            access_key_id: self.access_key_id.clone(),
+            secret_access_key: self.secret_access_key.clone(),
+        };
+        BackupTarget::parse(text, &settings).map_err(|error| SettingsError::of("seed.backup.to", error))
+    }
+
+    fn config(&self) -> Result<BackupConfig, SettingsError> {
+        let duration = |key: &str, text: &str| {
+            let key = format!("seed.backup.{key}");
+            match humantime::parse_duration(text) {
+                Ok(duration) if duration >= Duration::from_secs(1) => Ok(duration),
+                Ok(_) => Err(SettingsError::of(&key, "less than a second is too little")),
+                Err(error) => Err(SettingsError::of(&key, format_args!("{error}; write it as \"6h\""))),
+            }
+        };
+        Ok(BackupConfig {
+            target: self.target(&self.to)?,
+            every: duration("every", &self.every)?,
+            full_every: duration("full_every", &self.full_every)?,
+            keep: duration("keep", &self.keep)?,
+        })
+    }
 }
 
 impl fmt::Debug for SeedSettings {
@@ -82,6 +154,7 @@ impl Default for SeedSettings {
             max_value_bytes: bounds.value_bytes,
             max_nodes: bounds.nodes,
             max_room_bytes: bounds.room_bytes,
+            backup: None,
         }
     }
 }
@@ -276,6 +349,7 @@ impl SeedSettings {
 
     /// Refuses what cannot be, or not yet.
     pub(super) fn check(&self) -> Result<(), SettingsError> {
+        self.backup()?;
         let signs = self.identity()?.is_some();
         self.keep()?;
         let mut names = BTreeSet::new();
@@ -302,6 +376,19 @@ impl SeedSettings {
             }
         }
         Ok(())
+    }
+
+    fn backup(&self) -> Result<Option<BackupConfig>, SettingsError> {
+        self.backup.as_ref().map(BackupSettings::config).transpose()
+    }
+
+    /// Where backups are: at the place named on the command line, or that of the settings.
+    pub(crate) fn backup_target(&self, named: Option<&str>) -> Result<BackupTarget, SettingsError> {
+        match (named, &self.backup) {
+            (Some(named), settings) => settings.clone().unwrap_or_default().target(named),
+            (None, Some(settings)) => settings.target(&settings.to),
+            (None, None) => Err(SettingsError::of("seed.backup.to", "it is not set: name a place on the command line")),
+        }
     }
 
     /// The identity that signs, from wherever it stands.
@@ -380,7 +467,7 @@ impl Settings {
             message_bytes: self.seed.max_message_bytes,
             operations_per_second: self.seed.operations_per_second,
             max_links: self.seed.max_links,
-            backup: None,
+            backup: self.seed.backup()?,
         })
     }
 }
