@@ -1,12 +1,13 @@
 // A Homeport of the test's own: real binary, free ports, data in a folder that goes away.
-import { spawn } from 'node:child_process';
-import { mkdtemp, rm } from 'node:fs/promises';
+import { execFile, spawn } from 'node:child_process';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { createServer } from 'node:net';
 import { createSocket } from 'node:dgram';
 import { tmpdir } from 'node:os';
 import { dirname, join, resolve } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { once } from 'node:events';
+import { promisify } from 'node:util';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 export const binary = process.env.HOMEPORT_BINARY ?? join(root, 'target/debug/homeport');
@@ -41,7 +42,7 @@ export class Homeport {
   #process;
   #log = '';
 
-  static async start({ rooms = [], settings = {}, data } = {}) {
+  static async start({ rooms = [], settings = {}, data, files = {} } = {}) {
     const homeport = new Homeport();
     homeport.folder = await mkdtemp(join(tmpdir(), 'homeport-e2e-'));
     homeport.data = data ?? join(homeport.folder, 'data');
@@ -53,6 +54,7 @@ export class Homeport {
       seed: await freePort(),
     };
     homeport.settings = settings;
+    for (const [name, text] of Object.entries(files)) await writeFile(join(homeport.folder, name), text);
     await homeport.run();
     return homeport;
   }
@@ -70,22 +72,39 @@ export class Homeport {
     };
   }
 
-  /** Starts the process, again if need be, and waits until it is ready. */
-  async run() {
-    const environment = {
+  /** The rooms that a test has named; others stand in a file. */
+  get #rooms() {
+    if (this.rooms.length === 0) return {};
+    const rooms = this.rooms.map(room => (typeof room === 'string' ? { name: room } : room));
+    return { HOMEPORT_SEED__ROOM: JSON.stringify(rooms).replaceAll(/"(\w+)":/g, '$1=') };
+  }
+
+  /** The variables that hold the settings. */
+  get #environment() {
+    return {
       ...process.env,
       HOMEPORT_RELAY__LISTEN: `[::]:${this.ports.relay}`,
       HOMEPORT_TURN__LISTEN: `[::]:${this.ports.turn}`,
       HOMEPORT_SEED__LISTEN: `[::]:${this.ports.seed}`,
       HOMEPORT_METRICS__LISTEN: `127.0.0.1:${this.ports.metrics}`,
       HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`,
-      HOMEPORT_SEED__ROOM: JSON.stringify(this.rooms.map(room => (typeof room === 'string' ? { name: room } : room)))
-        .replaceAll(/"(\w+)":/g, '$1='),
+      ...this.#rooms,
       HOMEPORT_LOG: process.env.HOMEPORT_LOG ?? 'info,seed_peer=debug',
       ...this.settings,
     };
+  }
+
+  /** Runs another command of the binary with the same settings; returns what it printed, or fails with that. */
+  async command(...words) {
+    const options = { cwd: this.folder, env: { ...this.#environment, HOMEPORT_DATA: this.data }, maxBuffer: 1 << 28 };
+    const { stdout } = await promisify(execFile)(binary, words, options);
+    return stdout;
+  }
+
+  /** Starts the process, again if need be, and waits until it is ready. */
+  async run() {
     const child = spawn(binary, ['up', '--data', this.data], {
-      cwd: this.folder, env: environment, stdio: ['ignore', 'pipe', 'pipe'],
+      cwd: this.folder, env: this.#environment, stdio: ['ignore', 'pipe', 'pipe'],
     });
     this.#process = child;
     const ended = once(child, 'exit');

@@ -3,6 +3,7 @@
 // the browser's own WebRTC, and shares no code with Homeport.
 import { schnorr } from '@noble/secp256k1';
 import { Cells } from './cells.mjs';
+import { Security } from './security.mjs';
 
 const utf8 = new TextEncoder();
 const text = new TextDecoder('utf-8', { fatal: true });
@@ -170,7 +171,7 @@ class Room {
     if (channel === '@_ping') return this.send('@_pong', '', peer);
     if (channel === '@_leave') return this.drop(peer);
     if (this.cells && /^c\d+$/.test(channel)) return this.cells.receive(peer, channel, text.decode(payload));
-    if (flags & 8) this.handlers.message?.(peer, channel, JSON.parse(text.decode(payload)));
+    if (flags & 8) return this.handlers.message?.(peer, channel, JSON.parse(text.decode(payload)));
   }
   /** Sends JSON, or a string on the transport's own channels and those of cells. */
   async send(channel, value, target) {
@@ -210,7 +211,7 @@ async function complete(connection) {
   return connection.localDescription.sdp;
 }
 
-export async function gdb(name, { rtc, password = '' }) {
+export async function gdb(name, { rtc, password = '', sm }) {
   // A reloaded tab keeps its id and its graph; a fresh profile has neither.
   const alphabet = '0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz';
   const id = sessionStorage.peerId ??= [...crypto.getRandomValues(new Uint8Array(20))].map(byte => alphabet[byte % 62]).join('');
@@ -263,15 +264,21 @@ export async function gdb(name, { rtc, password = '' }) {
     removals: [...removals].map(([removed, timestamp]) => ({ id: removed, timestamp })),
     timestamp: latest(),
   });
+  const security = sm && new Security(sm, nodes);
+  /** Sends operations to everybody, signed if there is an identity. */
+  const say = async operations =>
+    graph.broadcast('syncGraph', security ? await Promise.all(operations.map(one => security.sign(one))) : operations);
   const cellSize = rtc.cells === true ? 10 : rtc.cells?.cellSize;
   const graph = new Room(`graph-sync-room-${name}`, id, rtc.turnConfig, {
-    joined: () => graph.broadcast('syncGraph', [{ type: 'sync', timestamp: latest() }]),
-    message: (_, channel, operations) => {
+    joined: () => say([{ type: 'sync', timestamp: latest() }]),
+    message: async (_, channel, operations) => {
       if (channel !== 'syncGraph') return;
-      for (const operation of operations) {
+      for (const said of operations) {
+        const operation = security ? security.accepted(said) : said;
+        if (!operation) continue;
         if (operation.type === 'sync') {
           const recent = operation.timestamp && log.length > 0 && !newer(log[0].timestamp, operation.timestamp);
-          graph.broadcast('syncGraph', [recent ? { type: 'deltaSync', operations: log, timestamp: latest() } : fullState()]);
+          say([recent ? { type: 'deltaSync', operations: log, timestamp: latest() } : fullState()]);
         } else if (operation.type === 'deltaSync') operation.operations.forEach(apply);
         else if (operation.type === 'fullStateSync') {
           for (const { id: removed, timestamp } of operation.removals) apply({ type: 'remove', id: removed, timestamp });
@@ -283,7 +290,7 @@ export async function gdb(name, { rtc, password = '' }) {
             }
           }
           const lacks = [...nodes.values()].some(node => newer(node.timestamp, theirs[node.id]?.timestamp));
-          if (lacks) graph.broadcast('syncGraph', [fullState()]);
+          if (lacks) say([fullState()]);
         } else apply(operation);
       }
       save();
@@ -303,13 +310,16 @@ export async function gdb(name, { rtc, password = '' }) {
   const write = async operation => {
     apply(operation);
     save();
-    await graph.broadcast('syncGraph', [operation]);
+    await say([operation]);
   };
+  const put = async (value, nodeId) => { await write({ type: 'upsert', id: nodeId, value, timestamp: now() }); return nodeId; };
+  const get = async nodeId => ({ result: nodes.get(nodeId) ?? null });
   return {
+    sm: security?.interface({ put, get }),
     room: app,
     graph,
-    put: async (value, nodeId) => { await write({ type: 'upsert', id: nodeId, value, timestamp: now() }); return nodeId; },
-    get: async nodeId => ({ result: nodes.get(nodeId) ?? null }),
+    put,
+    get,
     link: async (sourceId, targetId) => write({ type: 'link', sourceId, targetId, timestamp: now() }),
     remove: async nodeId => write({ type: 'remove', id: nodeId, value: nodes.get(nodeId)?.value, timestamp: now() }),
     map: async () => ({ results: [...nodes.values()] }),
