@@ -14,7 +14,9 @@ const dashboards = resolve(dirname(fileURLToPath(import.meta.url)), '../grafana/
 
 let homeport, pages, browser, prometheus, folder, url;
 before(async () => {
-  homeport = await Homeport.start({ rooms: ['notes', { name: 'crowd', cells: true }] });
+  homeport = await Homeport.start({
+    rooms: ['notes', { name: 'crowd', cells: true }], settings: { HOMEPORT_SEED__BACKUP__TO: 'vault' },
+  });
   folder = await mkdtemp(join(tmpdir(), 'homeport-prometheus-'));
   const port = await freePort();
   url = `http://127.0.0.1:${port}`;

@@ -163,6 +163,7 @@ impl Batch {
     ///
     /// # Errors
     /// See [`Batch::parse`].
+    #[allow(clippy::type_complexity, reason = "taken apart where it is called")]
     pub fn parse_with_text(text: &str) -> Result<(Vec<(Operation, &str)>, usize), JsonError> {
         let mut malformed = 0;
         let operations = lenient(&json::elements(text)?, &mut malformed, |text, malformed| {

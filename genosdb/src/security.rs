@@ -159,16 +159,17 @@ impl Policy {
         })
     }
 
-    /// Whether a node or removal in the full state of somebody who does not sign may be taken, where the one who runs
-    /// the room lets that be: nothing of users' nodes, and nothing that belongs to somebody.
+    /// Whether a node in the full state of somebody who does not sign may be taken, where the one who runs the room lets
+    /// that be: nothing of users' nodes, nothing that belongs to somebody, and no removal.
     ///
     /// # Errors
     /// Those of the store.
     pub fn permits_unsigned<S: Store>(&self, store: &mut S, change: Change<'_>) -> Result<bool, S::Error> {
         let (id, value) = match change {
             Change::Upsert(id, value) => (id, value),
-            Change::Remove(id) | Change::Link(id) => (id, None),
+            Change::Link(id) => (id, None),
             Change::Node(node) => (&node.id, node.value.as_ref()),
+            Change::Remove(_) => return Ok(false),
         };
         let before = store.node(id)?.and_then(|node| node.value);
         let is_owned =

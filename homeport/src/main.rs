@@ -1,6 +1,7 @@
 //! Homeport: the always-on half of browser peer-to-peer apps.
 
 mod admin;
+mod check;
 mod client_config;
 mod coturn;
 mod healthcheck;
@@ -40,6 +41,8 @@ enum Command {
     Seed(RunArgs),
     /// See and change the rooms of the homeport that runs on this machine, without a restart
     Rooms(rooms::RoomsArgs),
+    /// Look whether the archive and its backups are what they should be, beside a running homeport
+    Check(check::CheckArgs),
     /// Ask a running homeport on this machine how it is; exit code 0 when it answers, for containers
     Healthcheck(HealthcheckArgs),
 }
@@ -89,6 +92,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (services, args) = match cli.command {
         Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
+        Command::Check(args) => return check::run(&args),
         Command::Rooms(args) => return exit_code(rooms::run(args)),
         Command::Up(args) => (run::Services::ALL, args),
         Command::Relay(args) => (run::Services { relay: true, ..run::Services::NONE }, args),

@@ -154,7 +154,7 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
 }
 
 /// The time of day, ms since the Unix epoch.
-fn wall_ms() -> u64 {
+pub(crate) fn wall_ms() -> u64 {
     let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

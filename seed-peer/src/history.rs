@@ -2,6 +2,7 @@
 //! moment since the log begins.
 
 mod diff;
+mod integrity;
 mod moment;
 mod past;
 mod restore;
@@ -17,6 +18,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
 use crate::archive::{FILE_NAME, unsigned};
 pub use diff::{Difference, diff};
+pub use integrity::{RoomIntegrity, check_archive};
 pub use moment::{Moment, MomentError};
 pub use past::PastRoom;
 pub use restore::{Restoration, restoration};

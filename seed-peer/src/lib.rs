@@ -28,7 +28,7 @@ pub use backup::{
 pub use cells::{Bridge, CellsConfig};
 pub use history::{
     Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,
-    Verification, diff, restoration,
+    RoomIntegrity, Verification, check_archive, diff, restoration,
 };
 pub use relay_key::{RelayKey, RelayKeyError};
 pub use rooms::{RoomError, RoomStatus, Rooms, Source};

@@ -382,6 +382,11 @@ impl SeedSettings {
         self.backup.as_ref().map(BackupSettings::config).transpose()
     }
 
+    /// How often backups are made, if they are.
+    pub(crate) fn backup_interval(&self) -> Option<Duration> {
+        self.backup().ok().flatten().map(|backup| backup.every)
+    }
+
     /// Where backups are: at the place named on the command line, or that of the settings.
     pub(crate) fn backup_target(&self, named: Option<&str>) -> Result<BackupTarget, SettingsError> {
         match (named, &self.backup) {

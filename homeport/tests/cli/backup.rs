@@ -67,6 +67,26 @@ fn a_backup_is_made_listed_and_restored_and_one_that_is_cut_off_is_none() {
     signal(&child, "-TERM");
     assert!(child.wait().unwrap().success());
 
+    // What is kept can be checked, also while a seed writes it.
+    let check = |words: &[&str]| {
+        let output = homeport(here, "check").args(words).output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (code, text) = check(&[]);
+    assert!(code == Some(0) && text.contains("3500 nodes are what its 3500 operations say"), "{text}");
+    assert!(text.contains("warning  backups: none are made"), "{text}");
+    std::fs::write(here.join("homeport.toml"), "[seed.backup]\nto = \"vault\"\n").unwrap();
+    let (code, text) = check(&["--json"]);
+    assert!(code == Some(0) && text.contains(r#""verdict":"ok","what":"backups""#), "{text}");
+    let manifest = here.join("vault/manifests").join(format!("{}.json", all.last().unwrap()));
+    let manifest_text = std::fs::read(&manifest).unwrap();
+    std::fs::write(&manifest, &manifest_text[..100]).unwrap();
+    let (code, text) = check(&[]);
+    assert!(code == Some(0) && text.contains("damaged"), "{text}");
+    std::fs::write(here.join("homeport.toml"), "").unwrap();
+    let (code, text) = check(&["--data", "homeport.toml"]);
+    assert!(code == Some(0) && text.contains("there is none"), "{text}");
+
     // On the restored archive a seed goes on.
     let mut command = homeport(here, "up");
     command.args(["--room", "my-app", "--data", &format!("restored-{oldest}")]);
@@ -75,6 +95,13 @@ fn a_backup_is_made_listed_and_restored_and_one_that_is_cut_off_is_none() {
     assert!(list.contains("3000") && !list.contains("3500"), "{list}");
     signal(&child, "-TERM");
     assert!(child.wait().unwrap().success());
+    let path = here.join(format!("restored-{oldest}/archive.sqlite"));
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 8_192].fill(0x5a);
+    std::fs::write(&path, bytes).unwrap();
+    let (code, text) = check(&["--data", &format!("restored-{oldest}")]);
+    assert!(code == Some(1) && text.contains("FAILURE") && text.contains("restore-backup"), "{text}");
 }
 
 #[test]

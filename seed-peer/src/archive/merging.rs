@@ -175,13 +175,14 @@ impl Writer {
         vouched: Option<Address>,
         wall_ms: u64,
     ) -> rusqlite::Result<()> {
-        let result = match self.too_much(operation, state)? {
-            Some(reason) => return Ok(self.leave_out(state.id, reason, 1)),
-            None => match self.apply(state, operation, vouched, wall_ms)? {
-                Outcome::Applied => "applied",
-                Outcome::Superseded => "superseded",
-                Outcome::Incomplete => "incomplete",
-            },
+        if let Some(reason) = self.too_much(operation, state)? {
+            self.leave_out(state.id, reason, 1);
+            return Ok(());
+        }
+        let result = match self.apply(state, operation, vouched, wall_ms)? {
+            Outcome::Applied => "applied",
+            Outcome::Superseded => "superseded",
+            Outcome::Incomplete => "incomplete",
         };
         self.metrics.operations.with_label_values(&[result]).inc();
         Ok(())

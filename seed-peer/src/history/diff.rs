@@ -27,51 +27,41 @@ pub enum Difference {
 /// # Errors
 /// [`HistoryError`].
 pub fn diff(before: &PastRoom, after: &PastRoom, mut each: impl FnMut(Difference)) -> Result<(), HistoryError> {
-    // Both sides come ordered by id. The first is read as a whole in portions, the second row by row.
+    compare(before, after, |left, right| match (left, right) {
+        (None, Some(node)) => each(Difference::Added(node)),
+        (Some(node), None) => each(Difference::Removed(node)),
+        (Some(before), Some(after)) if !is_same(&before, &after) => each(Difference::Changed { before, after }),
+        (Some(_), Some(_)) | (None, None) => {}
+    })
+}
+
+/// Hands out the nodes that are not the same in every respect, as they are in one room and in the other, ordered by id.
+pub(super) fn compare(
+    before: &PastRoom,
+    after: &PastRoom,
+    mut each: impl FnMut(Option<Node>, Option<Node>),
+) -> Result<(), HistoryError> {
     let mut left = Portions { room: before, portion: Vec::new().into_iter(), last: None, done: false };
-    let mut waiting = left.next()?;
-    let mut failed = None;
-    after.each_node(|node| {
-        loop {
-            let order = waiting.as_ref().map(|left| left.id.as_printed().cmp(node.id.as_printed()));
-            match order {
-                Some(Ordering::Less) => {
-                    if let Some(gone) = waiting.take() {
-                        each(Difference::Removed(gone));
-                    }
+    let mut right = Portions { room: after, portion: Vec::new().into_iter(), last: None, done: false };
+    let (mut one, mut other) = (left.next()?, right.next()?);
+    loop {
+        let order = match (&one, &other) {
+            (None, None) => return Ok(()),
+            (Some(_), None) => Ordering::Less,
+            (None, Some(_)) => Ordering::Greater,
+            (Some(one), Some(other)) => one.id.as_printed().cmp(other.id.as_printed()),
+        };
+        match order {
+            Ordering::Less => each(std::mem::replace(&mut one, left.next()?), None),
+            Ordering::Greater => each(None, std::mem::replace(&mut other, right.next()?)),
+            Ordering::Equal => {
+                let pair = (std::mem::replace(&mut one, left.next()?), std::mem::replace(&mut other, right.next()?));
+                if pair.0 != pair.1 {
+                    each(pair.0, pair.1);
                 }
-                Some(Ordering::Equal) => {
-                    if let Some(before) = waiting.take()
-                        && !is_same(&before, &node)
-                    {
-                        each(Difference::Changed { before, after: node.clone() });
-                    }
-                }
-                Some(Ordering::Greater) | None => {
-                    each(Difference::Added(node));
-                    return true;
-                }
-            }
-            match left.next() {
-                Ok(next) => waiting = next,
-                Err(error) => {
-                    failed = Some(error);
-                    return false;
-                }
-            }
-            if order == Some(Ordering::Equal) {
-                return true;
             }
         }
-    })?;
-    if let Some(error) = failed {
-        return Err(error);
     }
-    while let Some(gone) = waiting {
-        each(Difference::Removed(gone));
-        waiting = left.next()?;
-    }
-    Ok(())
 }
 
 /// Whether two versions of a node say the same, whatever the order of edges.

@@ -13,6 +13,8 @@ pub enum Moment {
     Now,
     /// As the archive held it at a time of day, ms since the Unix epoch.
     Received(u64),
+    /// As the archive held it when so many entries were in the log.
+    Entry(u64),
     /// What was written up to a timestamp, by its authors' clocks.
     Clock(Hlc),
 }

@@ -66,6 +66,7 @@ impl History {
                     params![room, signed(ms)],
                     |row| row.get(0),
                 )?,
+                Moment::Entry(entry) => Some(signed(entry)),
                 Moment::Clock(_) | Moment::Now => Some(i64::MAX),
             };
             let first: Option<i64> = connection
@@ -73,19 +74,20 @@ impl History {
                     row.get(0)
                 })
                 .optional()?;
-            let snapshot: Option<(Option<i64>, Option<i64>)> = connection
-                .query_row("SELECT physical, logical FROM main.room WHERE snapshot_of = ?", [room], |row| {
-                    Ok((row.get(0)?, row.get(1)?))
+            let snapshot: Option<(Option<i64>, Option<i64>, u64)> = connection
+                .query_row("SELECT physical, logical, seq FROM main.room WHERE snapshot_of = ?", [room], |row| {
+                    Ok((row.get(0)?, row.get(1)?, unsigned(row.get(2)?)))
                 })
                 .optional()?;
             Ok((last, first, snapshot))
         })?;
-        let compacted = snapshot.is_some_and(|(physical, logical)| match (moment, physical.zip(logical)) {
+        let compacted = snapshot.is_some_and(|(physical, logical, seq)| match (moment, physical.zip(logical)) {
             (Moment::Received(_), _) => last.is_none(),
             (Moment::Clock(clock), Some((physical, logical))) => {
                 clock < Hlc::new(unsigned(physical), unsigned(logical))
             }
             (Moment::Clock(_), None) | (Moment::Now, _) => false,
+            (Moment::Entry(entry), _) => seq > entry,
         });
         if compacted {
             return Err(HistoryError::Compacted { since_ms: unsigned(first.unwrap_or(0)) });
@@ -192,6 +194,11 @@ impl PastRoom {
     /// The highest timestamp there was.
     pub fn latest(&self) -> Option<Hlc> {
         self.state.latest
+    }
+
+    /// The last entry of the log that counted.
+    pub fn last_entry(&self) -> u64 {
+        self.state.seq
     }
 
     /// How many entries of the log made it what it was.

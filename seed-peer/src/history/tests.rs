@@ -199,6 +199,23 @@ fn a_thousand_random_histories_are_what_a_naive_replay_makes_of_them() {
 }
 
 #[test]
+fn an_archive_whose_nodes_are_not_what_its_log_says_is_found_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let random = &mut StdRng::seed_from_u64(11);
+    let mut written = random_history(folder.path(), random, 300);
+    let horizon = written.moments[written.moments.len() / 3].0;
+    crate::archive::compact(&mut written.file.connection, horizon);
+    let (complaints, rooms) = check_archive(folder.path(), |_, _| ()).unwrap();
+    assert!(complaints.is_empty());
+    assert_eq!((rooms.len(), rooms[0].differing), (1, 0));
+    assert!(rooms[0].entries > 50 && rooms[0].nodes > 0);
+    written.file.connection.execute("UPDATE node SET value = '{}' WHERE room = 1", []).unwrap();
+    let (_, rooms) = check_archive(folder.path(), |_, _| ()).unwrap();
+    assert_eq!(rooms[0].differing, rooms[0].nodes);
+    assert!(check_archive(Path::new("/nowhere"), |_, _| ()).is_err());
+}
+
+#[test]
 fn a_moment_of_the_authors_clocks_is_what_they_had_written_until_then() {
     let folder = tempfile::tempdir().unwrap();
     let mut written = Written::new(folder.path());

@@ -95,7 +95,7 @@ impl Fixture {
     fn wrote(&mut self) -> Vec<Operation> {
         loop {
             if let Reply::Wrote { message, .. } = self.replies.blocking_recv().unwrap() {
-                let text = String::from_utf8(message.json().unwrap().as_str().as_bytes().to_vec()).unwrap();
+                let text = message.json().unwrap().to_string();
                 return Batch::parse(&text).unwrap().operations;
             }
         }
@@ -182,7 +182,9 @@ fn a_room_may_take_the_state_of_one_who_does_not_sign() {
     let owned = format!(r#"{{"owner":"{}"}}"#, identity(2).address());
     room.hears(&signed(1, &upsert("owned", &owned, 1)));
     let user = format!("user:{}", identity(3).address());
-    room.hears(&full_state(&[("a", "1", 2), ("owned", "1", 2), (&user, r#"{"role":"admin"}"#, 2)], &[]));
+    let nodes = [("a", "1", 2), ("owned", "1", 2), (&*user, r#"{"role":"admin"}"#, 2)];
+    room.hears(&full_state(&nodes, &[("owned", 5)]));
+    room.hears(&full_state(&[], &[("a", 5)]));
     room.hears(&upsert("live", "1", 3));
     assert_eq!(room.ids(), ["a", "owned"]);
     assert_eq!(room.graph().get("owned").unwrap().value.as_ref().unwrap().as_str(), owned);
