@@ -31,7 +31,8 @@ step "unit and service tests"
 cargo test --workspace --locked
 
 step "deployment files"
-promtool check config deploy/prometheus.yml
+promtool check config deploy/prometheus/prometheus.yml
+promtool test rules deploy/prometheus/rules.test.yml
 
 step "browsers"
 cargo build --locked --package homeport

@@ -6,6 +6,7 @@ mod client_config;
 mod coturn;
 mod healthcheck;
 mod logging;
+mod reports;
 mod rooms;
 mod run;
 mod settings;

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
+use crate::reports::Reports;
 use crate::settings::{OneOrMany, Settings};
 use crate::summary::{Summary, TurnSummary};
 use crate::turn_credentials::{TurnCredentials, TurnPlace};
@@ -70,9 +71,13 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let relay_key = settings.relay_key()?;
     let own_seed = services.seed.then_some(&relay_key);
     let relay = if services.relay {
-        let server =
-            relay::Server::bind(settings.relay(client_config(&settings, summary.turn).await?.routes(), own_seed)?)
-                .await?;
+        let mut routes = client_config(&settings, summary.turn).await?.routes();
+        if settings.relay.reports {
+            let reported = Telemetry::default();
+            routes = routes.merge(Reports::new(&reported, settings.proxy_header()?)?.routes());
+            telemetry.push(reported);
+        }
+        let server = relay::Server::bind(settings.relay(routes, own_seed)?).await?;
         summary.relay = Some((server.address(), settings.relay.public_url.clone()));
         telemetry.push(server.telemetry().clone());
         Some(server)

@@ -69,6 +69,10 @@ pub(crate) struct RelaySettings {
     announce_budget: u32,
     /// The longest time between two announces of one peer to one subscriber.
     announce_max_interval_seconds: u64,
+    /// Whether it is watched what becomes of dials.
+    dial_ledger: bool,
+    /// Whether reports of browsers are taken, and `/monitor.js` is served.
+    pub(crate) reports: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -171,6 +175,8 @@ impl Default for RelaySettings {
             min_pow_difficulty: 0,
             announce_budget: announces.budget,
             announce_max_interval_seconds: announces.max_interval.as_secs(),
+            dial_ledger: true,
+            reports: true,
         }
     }
 }
@@ -266,6 +272,7 @@ impl Settings {
             admission,
             public_url: self.relay.public_url.clone(),
             announces,
+            dial_ledger: self.relay.dial_ledger,
             routes,
         })
     }

@@ -288,7 +288,7 @@ impl Connection {
                     .map(|(_, raw)| *raw)
                     .collect();
                 let filters = accepted;
-                let subscription = self.relay.subscriptions.add(&id, filters, Arc::clone(&self.outbox));
+                let subscription = self.relay.subscriptions.add(&id, self.number, filters, Arc::clone(&self.outbox));
                 self.relay.metrics.subscriptions.inc();
                 let eose = relay_message::eose(&id);
                 self.queue_replays(&subscription);

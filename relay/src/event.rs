@@ -34,6 +34,17 @@ pub(crate) enum VerifyError {
 }
 
 impl Event<'_> {
+    /// The topic of a signalling event: its only tag is `x`.
+    pub(crate) fn only_topic(&self) -> Option<&str> {
+        match self.tags.as_slice() {
+            [tag] => match tag.as_slice() {
+                [name, topic] if name == "x" => Some(topic),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Whether the event's kind says that it is delivered and forgotten (NIP-01).
     pub(crate) fn is_ephemeral(&self) -> bool {
         (20_000..30_000).contains(&self.kind)

@@ -3,6 +3,7 @@
 
 mod admission;
 mod connection;
+mod dials;
 mod event;
 mod filter;
 #[cfg(fuzzing)]

@@ -2,6 +2,8 @@
 
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
+use crate::dials::{Noted, Outcome};
+
 /// The relay's metrics; none is labelled by anything that a client chooses.
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
@@ -19,6 +21,9 @@ pub(crate) struct Metrics {
     pub(crate) replayed: IntCounter,
     pub(crate) present: IntGauge,
     pub(crate) verification_seconds: Histogram,
+    dials: IntCounterVec,
+    unwatched_dials: IntCounter,
+    answer_seconds: Histogram,
 }
 
 impl Metrics {
@@ -77,6 +82,21 @@ impl Metrics {
                 )
                 .buckets(vec![2e-5, 3e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 5e-3]),
             )?,
+            dials: IntCounterVec::new(
+                Opts::new(
+                    "homeport_relay_dials_total",
+                    "Offers between peers, by what became of them: answered and not dialled again within 75 s, dialled again, unanswered.",
+                ),
+                &["outcome"],
+            )?,
+            unwatched_dials: IntCounter::new(
+                "homeport_relay_unwatched_dials_total",
+                "Offers that were not watched, since too many are at a time.",
+            )?,
+            answer_seconds: Histogram::with_opts(
+                HistogramOpts::new("homeport_relay_answer_seconds", "From an offer to its answer, at the relay.")
+                    .buckets(vec![0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]),
+            )?,
         };
         registry.register(Box::new(metrics.connections.clone()))?;
         registry.register(Box::new(metrics.disconnects.clone()))?;
@@ -92,6 +112,9 @@ impl Metrics {
         registry.register(Box::new(metrics.replayed.clone()))?;
         registry.register(Box::new(metrics.present.clone()))?;
         registry.register(Box::new(metrics.verification_seconds.clone()))?;
+        registry.register(Box::new(metrics.dials.clone()))?;
+        registry.register(Box::new(metrics.unwatched_dials.clone()))?;
+        registry.register(Box::new(metrics.answer_seconds.clone()))?;
         // Series that a dashboard asks for are there from the start, not from the first event on.
         for verb in ["EVENT", "REQ", "CLOSE", "AUTH", "COUNT", "malformed"] {
             metrics.messages.with_label_values(&[verb]);
@@ -101,7 +124,27 @@ impl Metrics {
         for limit in ["messages", "verifications", "connections"] {
             metrics.rate_limit_hits.with_label_values(&[limit]);
         }
+        for outcome in [Outcome::Connected, Outcome::Redialled, Outcome::Unanswered] {
+            metrics.dials.with_label_values(&[outcome.label()]);
+        }
         Ok(metrics)
+    }
+
+    /// Counts what the dial ledger has to say.
+    pub(crate) fn note_dials(&self, noted: Noted) {
+        let Noted { outcomes, answered_after, is_unwatched } = noted;
+        self.count_dials(&outcomes);
+        if let Some(after) = answered_after {
+            self.answer_seconds.observe(after.as_secs_f64());
+        }
+        self.unwatched_dials.inc_by(is_unwatched.into());
+    }
+
+    /// Counts dials by what became of them.
+    pub(crate) fn count_dials(&self, outcomes: &[Outcome]) {
+        for outcome in outcomes {
+            self.dials.with_label_values(&[outcome.label()]).inc();
+        }
     }
 
     /// Takes note of how much waits for a client.

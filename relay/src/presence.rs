@@ -154,7 +154,7 @@ impl Presence {
             return (Audience::All, None);
         }
         let saying = saying(&event.content);
-        let Some(topic) = (saying != Saying::Other).then(|| topic_of(event)).flatten() else {
+        let Some(topic) = (saying != Saying::Other).then(|| event.only_topic()).flatten() else {
             return (Audience::All, None);
         };
         let author = (event.kind, event.pubkey);
@@ -239,17 +239,6 @@ impl State {
         if authors.is_empty() {
             self.topics.remove(&key.topic);
         }
-    }
-}
-
-/// The topic of a signalling event: its only tag is `x`.
-fn topic_of<'a>(event: &'a Event<'_>) -> Option<&'a str> {
-    match event.tags.as_slice() {
-        [tag] => match tag.as_slice() {
-            [name, topic] if name == "x" => Some(topic),
-            _ => None,
-        },
-        _ => None,
     }
 }
 

@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{self, Admission, Gate, NotAdmitted};
 use crate::connection;
+use crate::dials::DialLedger;
 use crate::event::{Event, KeyCache, VerifyError};
 use crate::information;
 use crate::limits::{self, AddressLimits, Rates};
@@ -34,6 +35,9 @@ const DRAIN: Duration = Duration::from_millis(500);
 
 /// How often addresses that have gone quiet are forgotten.
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How often dials whose time is over are counted.
+const DIALS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a client may ask of the relay. All of it stands in the NIP-11 document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +101,8 @@ pub struct Config {
     pub public_url: Option<String>,
     /// How often announces are passed on.
     pub announces: AnnounceEconomy,
+    /// Whether to watch what becomes of dials. Default true.
+    pub dial_ledger: bool,
     /// Other pages to serve on the same port, such as `/client-config.json`.
     pub routes: Router,
 }
@@ -159,13 +165,14 @@ impl Server {
             public_host: config.public_url.as_deref().and_then(admission::host_of).map(str::to_owned),
             subscriptions: Subscriptions::default(),
             presence: Presence::new(config.announces, Instant::now()),
+            dials: config.dial_ledger.then(DialLedger::default),
             recent: RecentIds::default(),
             next_connection: AtomicU64::new(1),
             metrics,
             stop: stop.clone(),
             connections: connections.clone(),
         });
-        tokio::spawn(tidy(Arc::clone(&relay.addresses), stop.clone()));
+        tokio::spawn(tidy(Arc::clone(&relay), stop.clone()));
         let router = Router::new()
             .route("/", get(root))
             .route("/healthz", get(healthz))
@@ -244,6 +251,7 @@ pub(crate) struct Relay {
     public_host: Option<String>,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) presence: Presence,
+    dials: Option<DialLedger>,
     recent: RecentIds,
     next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
@@ -363,6 +371,10 @@ impl Relay {
             }
         }
         self.metrics.held_back.inc_by(held_back);
+        if let Some(dials) = self.dials.as_ref().filter(|_| event.is_ephemeral()) {
+            let receivers: Vec<u64> = subscriptions.iter().map(|subscription| subscription.connection).collect();
+            self.metrics.note_dials(dials.note(event, client.connection, &receivers, now));
+        }
         if joined.is_some() {
             self.count_present();
         }
@@ -458,12 +470,18 @@ async fn healthz() -> &'static str {
     "ok\n"
 }
 
-/// Forgets addresses that have gone quiet, until `stop`.
-async fn tidy(addresses: Arc<AddressLimits>, stop: CancellationToken) {
+/// Forgets addresses that have gone quiet, and counts dials whose time is over, until `stop`.
+async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
     let mut interval = tokio::time::interval(TIDY_INTERVAL);
+    let mut dials = tokio::time::interval(DIALS_INTERVAL);
     loop {
         tokio::select! {
-            _ = interval.tick() => addresses.tidy(),
+            _ = interval.tick() => relay.addresses.tidy(),
+            _ = dials.tick() => {
+                if let Some(dials) = &relay.dials {
+                    relay.metrics.count_dials(&dials.expire(Instant::now()));
+                }
+            }
             () = stop.cancelled() => return,
         }
     }

@@ -19,6 +19,8 @@ const MAX_PAIRS: usize = 64;
 pub(crate) struct Subscription {
     /// Tells subscriptions apart across the relay.
     serial: u64,
+    /// The connection that made it.
+    pub(crate) connection: u64,
     filters: Box<[Filter]>,
     /// What stands before the event in a message to this subscription.
     pub(crate) prefix: Box<str>,
@@ -47,9 +49,16 @@ pub(crate) struct Subscriptions {
 
 impl Subscriptions {
     /// Adds a subscription, which receives events from now on until it is removed.
-    pub(crate) fn add(&self, id: &str, filters: Vec<Filter>, outbox: Arc<Outbox>) -> Arc<Subscription> {
+    pub(crate) fn add(
+        &self,
+        id: &str,
+        connection: u64,
+        filters: Vec<Filter>,
+        outbox: Arc<Outbox>,
+    ) -> Arc<Subscription> {
         let subscription = Arc::new(Subscription {
             serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
+            connection,
             filters: filters.into(),
             prefix: relay_message::event_prefix(id).into(),
             outbox,
@@ -176,7 +185,7 @@ mod tests {
             let subscriptions = Subscriptions::default();
             let outbox = Arc::<Outbox>::default();
             let mut live: Vec<_> =
-                requests.into_iter().map(|filters| subscriptions.add("s", filters, Arc::clone(&outbox))).collect();
+                requests.into_iter().map(|filters| subscriptions.add("s", 1, filters, Arc::clone(&outbox))).collect();
             for index in removed {
                 if !live.is_empty() {
                     subscriptions.remove(&live.remove(index.index(live.len())));

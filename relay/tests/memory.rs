@@ -46,6 +46,7 @@ async fn subscriptions_that_are_closed_give_their_memory_back() {
         admission: Admission::Open,
         public_url: None,
         announces: AnnounceEconomy::default(),
+        dial_ledger: true,
         routes: axum::Router::new(),
     })
     .await

@@ -30,6 +30,7 @@ fn config() -> Config {
         admission: Admission::Open,
         public_url: None,
         announces: AnnounceEconomy::default(),
+        dial_ledger: true,
         routes: axum::Router::new(),
     }
 }

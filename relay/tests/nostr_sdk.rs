@@ -19,6 +19,7 @@ async fn start(admission: Admission, directory: &tempfile::TempDir) -> (Server, 
         admission,
         public_url: None,
         announces: AnnounceEconomy::default(),
+        dial_ledger: true,
         routes: axum::Router::new(),
     })
     .await

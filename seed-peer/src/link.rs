@@ -29,6 +29,8 @@ const UNANSWERED: Duration = Duration::from_secs(10);
 const MAX_WAITING: usize = 1_024;
 /// Bytes of messages that may wait for it; a single message may be larger.
 const MAX_WAITING_BYTES: usize = 64 << 20;
+/// Candidates of a peer that are looked at.
+const MAX_CANDIDATES: usize = 64;
 /// Malformed frames and messages after which a peer is not worth a link.
 const MAX_MALFORMED: u32 = 64;
 
@@ -47,6 +49,8 @@ pub(crate) struct Listening {
 pub(crate) enum LinkOutput {
     /// Send a packet.
     Transmit { source: SocketAddr, destination: SocketAddr, bytes: Vec<u8> },
+    /// A step on the way to an open channel has been taken.
+    Step(Step),
     /// The data channel is open.
     Opened,
     /// A message of the peer, and its size as it travelled.
@@ -59,6 +63,38 @@ pub(crate) enum LinkOutput {
     Closed(CloseReason),
     /// Nothing more until then, or until there is input.
     Timeout(Instant),
+}
+
+/// A step of a link on its way to an open channel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// The peer has described itself.
+    Described,
+    /// Packets get through (ICE).
+    Reached,
+    /// The link is sealed (DTLS).
+    Sealed,
+}
+
+impl Step {
+    /// For metrics: what took so long.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Described => "described",
+            Self::Reached => "ice",
+            Self::Sealed => "dtls",
+        }
+    }
+
+    /// For metrics: what a link lacked that got no further.
+    pub(crate) fn outcome_without_next(step: Option<Self>) -> &'static str {
+        match step {
+            None => "unanswered",
+            Some(Self::Described) => "no_path",
+            Some(Self::Reached) => "no_dtls",
+            Some(Self::Sealed) => "no_channel",
+        }
+    }
 }
 
 /// What was left out.
@@ -106,6 +142,17 @@ pub(crate) enum DescriptionError {
     NotOffered,
 }
 
+/// The address and kind of a candidate, from a line of a description (RFC 8839, section 5.1). Those of TCP are not ours,
+/// and names (mDNS) have no address.
+fn candidate_in(line: &str) -> Option<(SocketAddr, &'static str)> {
+    let mut words = line.strip_prefix("a=candidate:")?.split_ascii_whitespace().skip(2);
+    let is_udp = words.next()?.eq_ignore_ascii_case("udp");
+    let (address, port) = (words.nth(1)?.parse().ok()?, words.next()?.parse().ok()?);
+    let kind = words.nth(1).filter(|_| is_udp)?;
+    let kind = ["host", "srflx", "prflx", "relay"].into_iter().find(|known| *known == kind)?;
+    Some((SocketAddr::new(address, port), kind))
+}
+
 /// A message that is being sent.
 struct Sending {
     message: Message,
@@ -131,6 +178,12 @@ pub(crate) struct Link {
     disconnected: Option<Instant>,
     outputs: VecDeque<LinkOutput>,
     closed: bool,
+    /// The last step on the way to an open channel.
+    step: Option<Step>,
+    /// The peer's candidates, as it has described itself: an address, and the kind of it.
+    candidates: Vec<(SocketAddr, &'static str)>,
+    /// Where packets go now.
+    destination: Option<SocketAddr>,
     now: Instant,
 }
 
@@ -169,6 +222,9 @@ impl Link {
             disconnected: None,
             outputs: VecDeque::new(),
             closed: false,
+            step: None,
+            candidates: Vec::new(),
+            destination: None,
             now,
         })
     }
@@ -197,18 +253,49 @@ impl Link {
         offer: &str,
     ) -> Result<(Self, String), DescriptionError> {
         let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
+        let described = offer;
         let offer = SdpOffer::from_sdp_string(&readable(offer)).map_err(|error| sdp(&error))?;
         let mut link = Self::new(now, certificate, candidates, listening)?;
         let answer = link.rtc.sdp_api().accept_offer(offer).map_err(|error| sdp(&error))?;
+        link.described(described);
         Ok((link, answer.to_sdp_string()))
     }
 
     /// Takes the peer's answer to our offer.
     pub(crate) fn accept_answer(&mut self, answer: &str) -> Result<(), DescriptionError> {
         let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
+        let described = answer;
         let answer = SdpAnswer::from_sdp_string(&readable(answer)).map_err(|error| sdp(&error))?;
         let pending = self.pending.take().ok_or(DescriptionError::NotOffered)?;
-        self.rtc.sdp_api().accept_answer(pending, answer).map_err(|error| sdp(&error))
+        self.rtc.sdp_api().accept_answer(pending, answer).map_err(|error| sdp(&error))?;
+        self.described(described);
+        Ok(())
+    }
+
+    /// The peer has described itself.
+    fn described(&mut self, sdp: &str) {
+        self.candidates = sdp.lines().filter_map(candidate_in).take(MAX_CANDIDATES).collect();
+        self.take_step(Step::Described);
+    }
+
+    fn take_step(&mut self, step: Step) {
+        self.step = Some(step);
+        self.outputs.push_back(LinkOutput::Step(step));
+    }
+
+    /// The last step on the way to an open channel.
+    pub(crate) fn step(&self) -> Option<Step> {
+        self.step
+    }
+
+    /// The kind of the peer's candidate that packets go to, as the peer called it; `prflx` for one that it did not name.
+    pub(crate) fn remote_candidate_type(&self) -> &'static str {
+        let destination = self.destination.map(|address| (address.ip().to_canonical(), address.port()));
+        let named = self
+            .candidates
+            .iter()
+            .find(|(address, _)| Some((address.ip().to_canonical(), address.port())) == destination);
+        named.map_or("prflx", |(_, kind)| *kind)
     }
 
     /// Our ICE user name: STUN requests of the peer start with it.
@@ -344,6 +431,7 @@ impl Link {
                     return LinkOutput::Timeout(self.watch_at().map_or(at, |watch| at.min(watch)));
                 }
                 Ok(Output::Transmit(transmit)) => {
+                    self.destination = Some(transmit.destination);
                     return LinkOutput::Transmit {
                         source: transmit.source,
                         destination: transmit.destination,
@@ -381,7 +469,14 @@ impl Link {
             Event::IceConnectionStateChange(IceConnectionState::Disconnected) => {
                 self.disconnected.get_or_insert(self.now);
             }
-            Event::IceConnectionStateChange(_) => self.disconnected = None,
+            Event::IceConnectionStateChange(state) => {
+                self.disconnected = None;
+                let is_reached = matches!(state, IceConnectionState::Connected | IceConnectionState::Completed);
+                if is_reached && self.step == Some(Step::Described) {
+                    self.take_step(Step::Reached);
+                }
+            }
+            Event::Connected => self.take_step(Step::Sealed),
             _ => {}
         }
     }

@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
 use crate::archive::{Archive, Reply};
-use crate::link::{CloseReason, LinkOutput, Refused};
+use crate::link::{CloseReason, LinkOutput, Refused, Step};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
@@ -419,8 +419,15 @@ impl Mesh {
         let Some(owner) = self.state.owners.get_mut(&link) else { return };
         let (id, us, peer) = (owner.room, owner.us, owner.peer);
         match output {
+            LinkOutput::Step(step) => {
+                let took = now.saturating_duration_since(owner.made).as_secs_f64();
+                self.metrics.link_step_seconds.with_label_values(&[step.label()]).observe(took);
+            }
             LinkOutput::Opened => {
                 owner.opened = Some(now);
+                if let Some(link) = self.links.get_mut(link) {
+                    self.metrics.link_paths.with_label_values(&[link.remote_candidate_type()]).inc();
+                }
                 self.metrics.link_outcomes.with_label_values(&["opened"]).inc();
                 self.metrics.link_open_seconds.observe((now - owner.made).as_secs_f64());
                 let relay = owner.relay;
@@ -450,13 +457,14 @@ impl Mesh {
             }
             LinkOutput::Closed(reason) => {
                 let Some(owner) = self.state.owners.remove(&link) else { return };
+                let step = self.links.get_mut(link).and_then(|link| link.step());
                 self.links.remove(link);
                 if owner.opened.is_some() {
                     self.metrics.disconnects.with_label_values(&[reason.label()]).inc();
                     let died = matches!(reason, CloseReason::Silent | CloseReason::Failed);
                     self.unlinked(&owner, died, now);
                 } else {
-                    self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
+                    self.metrics.link_outcomes.with_label_values(&[Step::outcome_without_next(step)]).inc();
                 }
                 let mut actions = Vec::new();
                 if let Some(room) = self.state.rooms.get_mut(&id) {

@@ -1,7 +1,8 @@
 //! What the seed peer counts.
 
 use prometheus::{
-    Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, core::Collector,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    core::Collector,
 };
 
 /// The seed's metrics. Rooms are labelled by their configured names, of which there are as many as were configured.
@@ -14,6 +15,8 @@ pub(crate) struct Metrics {
     pub(crate) cell_messages: IntCounterVec,
     pub(crate) mismatches: IntCounter,
     pub(crate) link_outcomes: IntCounterVec,
+    pub(crate) link_paths: IntCounterVec,
+    pub(crate) link_step_seconds: HistogramVec,
     pub(crate) link_open_seconds: Histogram,
     pub(crate) disconnects: IntCounterVec,
     pub(crate) messages: IntCounterVec,
@@ -77,7 +80,24 @@ impl Metrics {
                 "homeport_seed_link_outcomes_total",
                 "Attempts to link, by outcome.",
                 "outcome",
-                &["opened", "failed", "wrong_password"],
+                &["opened", "unanswered", "no_path", "no_dtls", "no_channel", "wrong_password"],
+            )?,
+            link_paths: counters(
+                "homeport_seed_link_paths_total",
+                "Links that opened, by the kind of the peer's candidate that packets go to.",
+                "remote",
+                &["host", "srflx", "prflx", "relay"],
+            )?,
+            link_step_seconds: add(
+                registry,
+                HistogramVec::new(
+                    HistogramOpts::new(
+                        "homeport_seed_link_step_seconds",
+                        "From the start of an attempt to each step: the peer's description, ICE, DTLS.",
+                    )
+                    .buckets(vec![0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0]),
+                    &["step"],
+                )?,
             )?,
             link_open_seconds: add(
                 registry,

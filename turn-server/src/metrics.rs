@@ -15,6 +15,7 @@ pub(crate) struct Metrics {
     pub(crate) first_byte_seconds: Histogram,
     pub(crate) no_port: IntCounter,
     pub(crate) ports_in_use: IntGauge,
+    pub(crate) relay_ports: IntGauge,
     pub(crate) requests: IntCounterVec,
     pub(crate) malformed: IntCounterVec,
     pub(crate) auth_failures: IntCounterVec,
@@ -110,6 +111,8 @@ impl Metrics {
                 "Allocations that were refused because no relay port was free.",
             )?,
             ports_in_use: register.gauge("homeport_turn_ports_in_use", "Relay ports that are open now.")?,
+            relay_ports: register
+                .gauge("homeport_turn_relay_ports", "Relay ports that there are (turn.relay_ports).")?,
             requests: register.add(IntCounterVec::new(
                 Opts::new("homeport_turn_requests_total", "Requests answered, by method and error code."),
                 &["method", "code"],

@@ -166,6 +166,8 @@ impl Server {
         let tls = certificate.as_ref().map(Certificate::server_config).transpose()?;
         let limits = &config.limits;
         let rate = |per_second: u64, burst_seconds| Rate { per_second, burst_seconds };
+        let ports = i64::from(*config.relay_ports.end()) - i64::from(*config.relay_ports.start()) + 1;
+        metrics.relay_ports.set(ports);
         let rules = Arc::new(Rules {
             realm: config.realm,
             credentials: config.credentials,

@@ -165,16 +165,20 @@ impl Settings {
 
     /// Who gets credentials for TURN.
     pub(crate) fn credential_rules(&self) -> Result<CredentialRules, SettingsError> {
-        let header = self.relay.trusted_proxy_header.as_deref();
-        let proxy_header = header.map(axum::http::HeaderName::try_from).transpose();
         Ok(CredentialRules {
             lifetime: Duration::from_secs(self.turn.credentials_lifetime.into()),
             token: self.turn.credentials_token.clone(),
             origins: self.turn.credentials_origins.clone(),
             per_minute: self.turn.credentials_per_minute,
-            proxy_header: proxy_header
-                .map_err(|_| SettingsError::of("relay.trusted_proxy_header", "that is no name of a header"))?,
+            proxy_header: self.proxy_header()?,
         })
+    }
+
+    /// The header in which a trusted proxy says who the client is.
+    pub(crate) fn proxy_header(&self) -> Result<Option<axum::http::HeaderName>, SettingsError> {
+        let header = self.relay.trusted_proxy_header.as_deref();
+        let header = header.map(axum::http::HeaderName::try_from).transpose();
+        header.map_err(|_| SettingsError::of("relay.trusted_proxy_header", "that is no name of a header"))
     }
 }
 

@@ -8,7 +8,7 @@ use rand::RngCore as _;
 use super::messages::OperationRate;
 use super::room::MeshRoom;
 use super::{Mesh, Owner, RoomId};
-use crate::link::{CloseReason, Link};
+use crate::link::{CloseReason, Link, Step};
 use crate::links::LinkId;
 use crate::room::Why;
 use crate::signalling::RelayIndex;
@@ -122,7 +122,8 @@ impl Mesh {
             self.metrics.disconnects.with_label_values(&[why.label()]).inc();
             self.unlinked(&owner, false, now);
         } else {
-            self.metrics.link_outcomes.with_label_values(&["failed"]).inc();
+            let step = self.links.get_mut(link).and_then(|link| link.step());
+            self.metrics.link_outcomes.with_label_values(&[Step::outcome_without_next(step)]).inc();
         }
         self.links.close(link, CloseReason::Left, &mut self.state.events);
         self.links.remove(link);

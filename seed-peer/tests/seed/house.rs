@@ -26,6 +26,7 @@ pub(crate) async fn relay_with(listen: SocketAddr, admission: relay::Admission) 
         trusted_proxy_header: None,
         public_url: None,
         announces: relay::AnnounceEconomy::default(),
+        dial_ledger: true,
         routes: axum::Router::new(),
     })
     .await
