@@ -64,7 +64,8 @@ export function monitor(room, { url = new URL('/reports', import.meta.url).href,
       const ms = outcome === 'connected' && isEarly ? coarse(performance.now() - start, 50) : null;
       if (waiting.length < MAX_WAITING) waiting.push({ outcome, ms, unreachable, ...path });
     };
-    const timer = setTimeout(() => end('timed_out'), PATIENCE_MS);
+    // Who closes a connection itself is told by no event.
+    const timer = setTimeout(() => end(connection.connectionState === 'closed' ? 'abandoned' : 'timed_out'), PATIENCE_MS);
     const look = () => {
       if (connection.connectionState === 'connected') end('connected');
       else if (connection.connectionState === 'failed') end('failed');

@@ -300,6 +300,7 @@ export async function gdb(name, { rtc, password = '', sm }) {
   const app = new Room(`app-sync-${name}`, id, rtc.turnConfig, {
     message: (origin, channel, data) => listeners.get(channel)?.forEach(listener => listener(data, origin)),
   }, cellSize);
+  app.getPeers = () => new Map([...app.peers].map(([peer, { connection }]) => [peer, connection]));
   // `db.room.channel(name)`: to everybody in the application's room.
   app.channel = channel => ({
     send: data => app.broadcast(channel, data),
