@@ -10,6 +10,7 @@ mod reports;
 mod rooms;
 mod run;
 mod settings;
+mod status;
 mod summary;
 mod turn_credentials;
 mod turn_secret;

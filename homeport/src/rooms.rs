@@ -263,6 +263,7 @@ mod tests {
             links: 24,
             cells,
             bridged_cells: cells.map(|_| 1),
+            members_by_cell: Vec::new(),
             nodes: 1_000,
             logged_operations: 20_000,
         };

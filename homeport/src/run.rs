@@ -12,6 +12,7 @@ use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
 use crate::reports::Reports;
 use crate::settings::{OneOrMany, Settings};
+use crate::status::Status;
 use crate::summary::{Summary, TurnSummary};
 use crate::turn_credentials::{TurnCredentials, TurnPlace};
 use crate::turn_secret;
@@ -56,6 +57,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let mut summary = Summary::default();
     let mut telemetry: Vec<Telemetry> = Vec::new();
 
+    let status = Status::new(settings.relay.status_token.clone(), settings.relay.listen.ip().is_loopback());
+    let watching = status.watch();
     let turn = if services.turn {
         let server = turn_server::Server::bind(settings.turn()?).await?;
         summary.turn = Some(TurnSummary {
@@ -63,6 +66,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             port: server.address().port(),
             tls_port: server.tls_address().map(|address| address.port()),
         });
+        status.add(Some("turn"), server.telemetry().clone());
         telemetry.push(server.telemetry().clone());
         Some(server)
     } else {
@@ -75,10 +79,12 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         if settings.relay.reports {
             let reported = Telemetry::default();
             routes = routes.merge(Reports::new(&reported, settings.proxy_header()?)?.routes());
+            status.add(None, reported.clone());
             telemetry.push(reported);
         }
-        let server = relay::Server::bind(settings.relay(routes, own_seed)?).await?;
+        let server = relay::Server::bind(settings.relay(routes.merge(Arc::clone(&status).routes()), own_seed)?).await?;
         summary.relay = Some((server.address(), settings.relay.public_url.clone()));
+        status.add(Some("relay"), server.telemetry().clone());
         telemetry.push(server.telemetry().clone());
         Some(server)
     } else {
@@ -95,6 +101,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             // Those that were added while an earlier process ran.
             rooms.iter().for_each(|room| relay.served_rooms().set(&room.name, true));
         }
+        status.add(Some("seed"), server.telemetry().clone());
+        status.set_rooms(server.rooms().clone());
         summary.rooms = rooms.into_iter().filter(|room| !room.paused).map(|room| room.name).collect();
         telemetry.push(server.telemetry().clone());
         Some(server)
@@ -125,6 +133,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         _ = terminate.recv() => Ok(()),
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
+    watching.abort();
     let stopping = async {
         if let Some(admin) = admin {
             admin.close();

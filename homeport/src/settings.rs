@@ -14,6 +14,8 @@ use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
 use turn_server::TlsFiles;
 
+use crate::status;
+
 pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
 pub(crate) use self::turn::TurnSettings;
 
@@ -73,6 +75,8 @@ pub(crate) struct RelaySettings {
     dial_ledger: bool,
     /// Whether reports of browsers are taken, and `/monitor.js` is served.
     pub(crate) reports: bool,
+    /// Shows names and drawings of rooms on the status page to who knows it.
+    pub(crate) status_token: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -177,6 +181,7 @@ impl Default for RelaySettings {
             announce_max_interval_seconds: announces.max_interval.as_secs(),
             dial_ledger: true,
             reports: true,
+            status_token: None,
         }
     }
 }
@@ -273,6 +278,7 @@ impl Settings {
             public_url: self.relay.public_url.clone(),
             announces,
             dial_ledger: self.relay.dial_ledger,
+            page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
             routes,
         })
     }

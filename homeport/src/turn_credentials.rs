@@ -149,7 +149,7 @@ impl TurnCredentials {
 }
 
 /// Compares without telling by the time it takes where a difference is.
-fn same(one: &[u8], other: &[u8]) -> bool {
+pub(crate) fn same(one: &[u8], other: &[u8]) -> bool {
     one.len() == other.len()
         && one.iter().zip(other).fold(0, |difference, (one, other)| difference | (one ^ other)) == 0
 }

@@ -22,5 +22,5 @@ mod subscriptions;
 pub use admission::Admission;
 pub use limits::{Rates, client_address};
 pub use presence::AnnounceEconomy;
-pub use server::{Config, Limits, ServedRooms, Server, StartError};
+pub use server::{Config, Limits, Page, ServedRooms, Server, StartError};
 pub use store::{StoreConfig, StoreError};

@@ -103,8 +103,29 @@ pub struct Config {
     pub announces: AnnounceEconomy,
     /// Whether to watch what becomes of dials. Default true.
     pub dial_ledger: bool,
+    /// The page at `/` for people, and the `Content-Security-Policy` that it needs.
+    pub page: Page,
     /// Other pages to serve on the same port, such as `/client-config.json`.
     pub routes: Router,
+}
+
+/// A page for people.
+#[derive(Debug, Clone, Copy)]
+pub struct Page {
+    /// HTML.
+    pub html: &'static str,
+    /// What it may load.
+    pub content_security_policy: &'static str,
+}
+
+impl Default for Page {
+    /// A few words about the relay.
+    fn default() -> Self {
+        Self {
+            html: include_str!("page.html"),
+            content_security_policy: "default-src 'none'; style-src 'unsafe-inline'",
+        }
+    }
 }
 
 /// The relay could not be started.
@@ -165,6 +186,7 @@ impl Server {
             public_host: config.public_url.as_deref().and_then(admission::host_of).map(str::to_owned),
             subscriptions: Subscriptions::default(),
             presence: Presence::new(config.announces, Instant::now()),
+            page: config.page,
             dials: config.dial_ledger.then(DialLedger::default),
             recent: RecentIds::default(),
             next_connection: AtomicU64::new(1),
@@ -252,6 +274,7 @@ pub(crate) struct Relay {
     pub(crate) subscriptions: Subscriptions,
     pub(crate) presence: Presence,
     dials: Option<DialLedger>,
+    page: Page,
     recent: RecentIds,
     next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
@@ -462,7 +485,12 @@ async fn root(
         ];
         return (headers, information::document(&relay).to_string()).into_response();
     }
-    Html(include_str!("page.html")).into_response()
+    let headers = [
+        (header::CONTENT_SECURITY_POLICY, relay.page.content_security_policy),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ];
+    (headers, Html(relay.page.html)).into_response()
 }
 
 /// `/healthz` on the relay's own port, for who cannot reach the metrics listener, such as a balancer.

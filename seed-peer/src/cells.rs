@@ -18,6 +18,7 @@ use genosdb::envelope::{Envelope, Postmark};
 use genosdb::{CellIndex, ChannelName, Json, PeerId, Topology};
 use serde::{Deserialize, Serialize};
 
+use crate::rooms::CellStatus;
 use crate::roster::Roster;
 
 /// Ids of messages that are remembered, as clients do.
@@ -118,6 +119,17 @@ impl Cells {
     /// How many of the cells have one of the seed's ids as their bridge.
     pub(crate) fn bridged(&self) -> usize {
         self.ours.iter().filter(|us| self.topology.is_bridge(us)).count()
+    }
+
+    /// The cells, in their order, as somebody may look at them.
+    pub(crate) fn statuses(&self) -> Vec<CellStatus> {
+        let total = u32::try_from(self.topology.total_cells()).unwrap_or(u32::MAX);
+        let status = |cell| {
+            let members = self.topology.members(CellIndex(cell));
+            let bridged = members.iter().any(|member| self.ours.contains(member) && self.topology.is_bridge(member));
+            CellStatus { members: members.len(), bridged }
+        };
+        (0..total).map(status).collect()
     }
 
     /// When there is something to do besides sealing.

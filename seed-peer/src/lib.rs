@@ -31,6 +31,6 @@ pub use history::{
     RoomIntegrity, Verification, check_archive, diff, restoration,
 };
 pub use relay_key::{RelayKey, RelayKeyError};
-pub use rooms::{RoomError, RoomStatus, Rooms, Source};
+pub use rooms::{CellStatus, RoomError, RoomStatus, Rooms, Source};
 pub use security::Security;
 pub use server::{Config, RoomConfig, Server, StartError};

@@ -34,10 +34,22 @@ pub struct RoomStatus {
     pub cells: Option<usize>,
     /// How many of them have the seed as their bridge.
     pub bridged_cells: Option<usize>,
+    /// The cells, in their order; none for a full mesh.
+    #[serde(default)]
+    pub members_by_cell: Vec<CellStatus>,
     /// Nodes in the archive.
     pub nodes: u64,
     /// Operations in the archive's log.
     pub logged_operations: u64,
+}
+
+/// A cell as it is now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CellStatus {
+    /// Peers in it, the seed's ids among them.
+    pub members: usize,
+    /// Whether the seed is its bridge.
+    pub bridged: bool,
 }
 
 /// A room cannot be changed as asked.

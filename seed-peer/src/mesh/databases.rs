@@ -185,6 +185,7 @@ impl Mesh {
             links: rooms().map(MeshRoom::open_links).sum(),
             cells: graph.and_then(|room| room.cells.as_ref()).map(Cells::total_cells),
             bridged_cells: graph.and_then(|room| room.cells.as_ref()).map(Cells::bridged),
+            members_by_cell: graph.and_then(|room| room.cells.as_ref()).map(Cells::statuses).unwrap_or_default(),
             nodes: gauge(&self.metrics.nodes),
             logged_operations: gauge(&self.metrics.logged),
         }

@@ -1,0 +1,291 @@
+//! The status page: `/` for browsers, and `/status.json`, which says how the services of this process are.
+//!
+//! Names of rooms, drawings of their meshes and reasons of failures are for who knows the token, or for everybody where
+//! the relay listens on loopback alone.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use prometheus::proto::MetricFamily;
+use seed_peer::Rooms;
+use serde_json::{Value, json};
+use service::{State as PartState, Telemetry};
+use tokio::task::JoinHandle;
+
+use crate::turn_credentials::same;
+
+/// The page itself, which the relay serves at its root.
+pub(crate) const PAGE: &str = include_str!("../../web/status.html");
+
+/// What the page may load: what this server sends, and nothing else.
+pub(crate) const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// How often numbers are remembered.
+const SAMPLE_INTERVAL: Duration = Duration::from_secs(15);
+/// An hour of them.
+const SAMPLES: usize = 240;
+/// Five minutes of them: what a share of successes is about.
+const RECENT: usize = 20;
+
+/// Numbers of one moment.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+struct Sample {
+    connections: f64,
+    allocations: f64,
+    links: f64,
+    nodes: f64,
+    /// Since the start, per side: attempts that succeeded, and all.
+    relay: (f64, f64),
+    seed: (f64, f64),
+    browsers: (f64, f64),
+}
+
+/// How the services of this process are, now and in the last hour.
+#[derive(Default)]
+pub(crate) struct Status {
+    /// By name; without one, only its numbers count.
+    services: Mutex<Vec<(Option<&'static str>, Telemetry)>>,
+    rooms: OnceLock<Rooms>,
+    samples: Mutex<VecDeque<Sample>>,
+    /// Shows details; `None`: nothing does, unless `is_private`.
+    token: Option<String>,
+    /// Whether only this machine can ask.
+    is_private: bool,
+}
+
+impl Status {
+    pub(crate) fn new(token: Option<String>, is_private: bool) -> Arc<Self> {
+        Arc::new(Self { token, is_private, ..Self::default() })
+    }
+
+    /// A service runs, or something without a name of its own.
+    pub(crate) fn add(&self, name: Option<&'static str>, telemetry: Telemetry) {
+        self.services.lock().unwrap_or_else(PoisonError::into_inner).push((name, telemetry));
+    }
+
+    /// The seed runs, and these are its rooms.
+    pub(crate) fn set_rooms(&self, rooms: Rooms) {
+        // There is one seed.
+        let _ = self.rooms.set(rooms);
+    }
+
+    /// Remembers numbers until the task is ended.
+    pub(crate) fn watch(self: &Arc<Self>) -> JoinHandle<()> {
+        let status = Arc::clone(self);
+        tokio::spawn(async move {
+            let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
+            loop {
+                interval.tick().await;
+                let sample = status.sample();
+                let mut samples = status.samples.lock().unwrap_or_else(PoisonError::into_inner);
+                samples.push_back(sample);
+                if samples.len() > SAMPLES {
+                    samples.pop_front();
+                }
+            }
+        })
+    }
+
+    /// The pages, to be served by the relay.
+    pub(crate) fn routes(self: Arc<Self>) -> Router {
+        let file = |kind: &'static str, content: &'static str| {
+            get(move || async move { ([(header::CONTENT_TYPE, kind)], content) })
+        };
+        Router::new()
+            .route("/status.json", get(document))
+            .route("/status.js", file("text/javascript; charset=utf-8", include_str!("../../web/status.js")))
+            .route("/status.css", file("text/css; charset=utf-8", include_str!("../../web/status.css")))
+            .with_state(self)
+    }
+
+    fn sample(&self) -> Sample {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let families: Vec<MetricFamily> =
+            services.iter().flat_map(|(_, telemetry)| telemetry.registry.gather()).collect();
+        let of = |name: &str, labels: &[&str]| sum(&families, name, labels);
+        let dials = "homeport_relay_dials_total";
+        let outcomes = "homeport_seed_link_outcomes_total";
+        let reported = "homeport_relay_reported_links_total";
+        Sample {
+            connections: of("homeport_relay_connections", &[]),
+            allocations: of("homeport_turn_allocations", &[]),
+            links: of("homeport_seed_links", &[]),
+            nodes: of("homeport_seed_nodes", &[]),
+            relay: (of(dials, &["connected"]), of(dials, &[])),
+            seed: (of(outcomes, &["opened"]), of(outcomes, &["opened", "no_path", "no_dtls", "no_channel"])),
+            browsers: (of(reported, &["connected"]), of(reported, &["connected", "failed", "timed_out"])),
+        }
+    }
+
+    fn shows_details(&self, headers: &HeaderMap) -> bool {
+        let shown = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let shown = shown.and_then(|value| value.strip_prefix("Bearer "));
+        self.is_private
+            || self.token.as_ref().zip(shown).is_some_and(|(token, shown)| same(token.as_bytes(), shown.as_bytes()))
+    }
+
+    fn services(&self, details: bool) -> Vec<Value> {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let service = |(name, telemetry): &(Option<&str>, Telemetry)| {
+            let name = (*name)?;
+            let mut state = "ok";
+            let parts: Vec<Value> = telemetry
+                .health
+                .parts()
+                .into_iter()
+                .map(|(part, how)| match how {
+                    PartState::Ok => json!({ "name": part, "state": "ok" }),
+                    PartState::Starting => {
+                        state = "starting";
+                        json!({ "name": part, "state": "starting" })
+                    }
+                    PartState::Degraded(reason) => {
+                        state = "degraded";
+                        json!({ "name": part, "state": "degraded", "reason": details.then_some(reason) })
+                    }
+                })
+                .collect();
+            Some(json!({ "name": name, "state": state, "parts": parts }))
+        };
+        services.iter().filter_map(service).collect()
+    }
+
+    fn numbers(&self) -> Value {
+        let now = self.sample();
+        let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
+        let earlier = samples.iter().rev().nth(RECENT - 1).or(samples.front()).copied().unwrap_or_default();
+        let since = |now: (f64, f64), then: (f64, f64)| json!([now.0 - then.0, now.1 - then.1]);
+        let series = |value: fn(&Sample) -> f64| samples.iter().map(value).collect::<Vec<_>>();
+        // The share of each five minutes that end at a sample.
+        let success: Vec<Value> = (0..samples.len())
+            .map(|index| {
+                let (then, now) = (samples[index.saturating_sub(RECENT)], samples[index]);
+                let all = |sample: Sample| {
+                    let sides = [sample.relay, sample.seed, sample.browsers];
+                    sides.iter().fold((0.0, 0.0), |sum, side| (sum.0 + side.0, sum.1 + side.1))
+                };
+                let (ok, tried) = (all(now).0 - all(then).0, all(now).1 - all(then).1);
+                if tried >= 5.0 { json!(ok / tried) } else { Value::Null }
+            })
+            .collect();
+        json!({
+            "now": { "connections": now.connections, "allocations": now.allocations, "links": now.links, "nodes": now.nodes },
+            "success": {
+                "relay": since(now.relay, earlier.relay),
+                "seed": since(now.seed, earlier.seed),
+                "browsers": since(now.browsers, earlier.browsers),
+            },
+            "history": {
+                "interval_seconds": SAMPLE_INTERVAL.as_secs(),
+                "connections": series(|sample| sample.connections),
+                "allocations": series(|sample| sample.allocations),
+                "links": series(|sample| sample.links),
+                "success": success,
+            },
+        })
+    }
+}
+
+/// The sum of a metric's series, of those with one of `labels` if there are any.
+fn sum(families: &[MetricFamily], name: &str, labels: &[&str]) -> f64 {
+    let metrics = families.iter().filter(|family| family.name() == name).flat_map(MetricFamily::get_metric);
+    metrics
+        .filter(|metric| labels.is_empty() || metric.get_label().iter().any(|pair| labels.contains(&pair.value())))
+        .map(|metric| metric.get_gauge().get_value() + metric.get_counter().get_value())
+        .sum()
+}
+
+async fn document(State(status): State<Arc<Status>>, headers: HeaderMap) -> Response {
+    let details = status.shows_details(&headers);
+    let rooms = match status.rooms.get().filter(|_| details) {
+        // A seed that is shutting down has none any more.
+        Some(rooms) => rooms.list().await.unwrap_or_default(),
+        None => Vec::new(),
+    };
+    let mut document = status.numbers();
+    document["version"] = env!("CARGO_PKG_VERSION").into();
+    document["details"] = details.into();
+    document["services"] = status.services(details).into();
+    document["rooms"] = rooms
+        .iter()
+        .map(|room| {
+            json!({
+                "name": room.name, "paused": room.paused, "peers": room.peers, "links": room.links,
+                "nodes": room.nodes, "operations": room.logged_operations,
+                "cells": room.members_by_cell.iter().map(|cell| json!({ "members": cell.members, "bridged": cell.bridged })).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    let headers = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    (headers, Json(document)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus::{IntCounterVec, IntGauge, Opts};
+
+    use super::*;
+
+    fn with_token(token: &str) -> HeaderMap {
+        HeaderMap::from_iter([(header::AUTHORIZATION, HeaderValue::from_str(&format!("Bearer {token}")).unwrap())])
+    }
+
+    #[test]
+    fn details_are_for_who_knows_the_token_or_is_on_this_machine() {
+        for (token, is_private, shown, expected) in [
+            (None, true, None, true),
+            (None, false, None, false),
+            (None, false, Some(""), false),
+            (Some("north"), false, None, false),
+            (Some("north"), false, Some("south"), false),
+            (Some("north"), false, Some("north"), true),
+        ] {
+            let status = Status::new(token.map(str::to_owned), is_private);
+            let headers = shown.map(with_token).unwrap_or_default();
+            assert_eq!(status.shows_details(&headers), expected, "{token:?} {is_private} {shown:?}");
+        }
+    }
+
+    #[test]
+    fn reasons_are_details() {
+        let status = Status::new(None, false);
+        let telemetry = Telemetry::default();
+        telemetry.health.set("archive", PartState::Degraded("cannot write: /secret/place".into()));
+        status.add(Some("seed"), telemetry);
+        assert_eq!(status.services(false)[0]["state"], "degraded");
+        assert!(!json!(status.services(false)).to_string().contains("secret"));
+        assert!(json!(status.services(true)).to_string().contains("secret"));
+    }
+
+    #[test]
+    fn numbers_are_those_of_the_metrics_and_shares_those_of_five_minutes() {
+        let status = Status::new(None, true);
+        let telemetry = Telemetry::default();
+        let connections = IntGauge::new("homeport_relay_connections", "x").unwrap();
+        let dials = IntCounterVec::new(Opts::new("homeport_relay_dials_total", "x"), &["outcome"]).unwrap();
+        telemetry.registry.register(Box::new(connections.clone())).unwrap();
+        telemetry.registry.register(Box::new(dials.clone())).unwrap();
+        status.add(Some("relay"), telemetry);
+        let sample = |status: &Status| status.samples.lock().unwrap().push_back(status.sample());
+        connections.set(7);
+        dials.with_label_values(&["unanswered"]).inc_by(100);
+        sample(&status);
+        for _ in 0..30 {
+            dials.with_label_values(&["connected"]).inc_by(3);
+            dials.with_label_values(&["redialled"]).inc();
+            sample(&status);
+        }
+        let numbers = status.numbers();
+        assert_eq!(numbers["now"]["connections"], 7.0);
+        assert_eq!(numbers["success"]["relay"], json!([57.0, 76.0]), "19 steps back to the sample 20 ago");
+        assert_eq!(numbers["history"]["success"][0], Value::Null);
+        assert_eq!(numbers["history"]["success"][30], 0.75);
+    }
+}
