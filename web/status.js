@@ -40,7 +40,7 @@ function numbers({ now, success }) {
   const shown = [
     ['Attempts that connect', ratio(all)],
     ['Clients of the relay', now.connections],
-    ['People through TURN', now.allocations],
+    ['TURN allocations', now.allocations],
     ['Links with the seed', now.links],
     ['Nodes kept', now.nodes],
   ].filter(([, value]) => value !== null && value !== undefined);
@@ -52,19 +52,21 @@ function numbers({ now, success }) {
 /** A line of the last hour. */
 function chart(name, values) {
   const known = values.filter(value => value !== null);
+  const isShare = name.startsWith('Share');
   const top = Math.max(1, ...known);
+  const most = isShare ? '' : `; at most ${number.format(Math.max(0, ...known))}`;
   const width = 240;
   const points = values.map((value, index) => [index * width / Math.max(1, values.length - 1), value])
     .filter(([, value]) => value !== null).map(([x, value]) => `${x.toFixed(1)},${(40 - 38 * value / top).toFixed(1)}`);
   return element('div', { className: 'chart' },
-    element('div', { className: 'soft', textContent: `${name}, last hour; at most ${top === 1 && name.startsWith('Share') ? '100%' : number.format(top)}` }),
+    element('div', { className: 'soft', textContent: `${name}, last hour${most}` }),
     drawn('svg', { viewBox: `0 0 ${width} 42`, role: 'img', 'aria-label': `${name} over the last hour` },
       drawn('polyline', { points: points.join(' ') })));
 }
 
 function charts({ connections, links, allocations, success }) {
   $('charts').replaceChildren(chart('Clients of the relay', connections), chart('Links with the seed', links),
-    chart('Through TURN', allocations), chart('Share that connects', success));
+    chart('TURN allocations', allocations), chart('Share that connects', success));
 }
 
 /** A room's mesh: the seed in the middle, its pages or cells around it. */

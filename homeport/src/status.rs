@@ -8,11 +8,14 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use nostr::event::FinalizeEvent as _;
+use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
 use prometheus::proto::MetricFamily;
+use rand::Rng as _;
 use seed_peer::Rooms;
 use serde_json::{Value, json};
 use service::{State as PartState, Telemetry};
@@ -26,6 +29,9 @@ pub(crate) const PAGE: &str = include_str!("../../web/status.html");
 /// What the page may load: what this server sends, and nothing else.
 pub(crate) const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+/// The kind of the connection check's events: ephemeral.
+const CHECK_KIND: u16 = 29_999;
 
 /// How often numbers are remembered.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(15);
@@ -100,6 +106,9 @@ impl Status {
         };
         Router::new()
             .route("/status.json", get(document))
+            .route("/check", get(check_page))
+            .route("/check/event", get(check_event))
+            .route("/check.js", file("text/javascript; charset=utf-8", include_str!("../../web/check.js")))
             .route("/status.js", file("text/javascript; charset=utf-8", include_str!("../../web/status.js")))
             .route("/status.css", file("text/css; charset=utf-8", include_str!("../../web/status.css")))
             .with_state(self)
@@ -162,7 +171,7 @@ impl Status {
         let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = samples.iter().rev().nth(RECENT - 1).or(samples.front()).copied().unwrap_or_default();
         let since = |now: (f64, f64), then: (f64, f64)| json!([now.0 - then.0, now.1 - then.1]);
-        let series = |value: fn(&Sample) -> f64| samples.iter().map(value).collect::<Vec<_>>();
+        let series = |value: fn(&Sample) -> f64| samples.iter().chain([&now]).map(value).collect::<Vec<_>>();
         // The share of each five minutes that end at a sample.
         let success: Vec<Value> = (0..samples.len())
             .map(|index| {
@@ -225,6 +234,31 @@ async fn document(State(status): State<Arc<Status>>, headers: HeaderMap) -> Resp
         .collect();
     let headers = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
     (headers, Json(document)).into_response()
+}
+
+/// The connection check: what works from where a user is.
+async fn check_page() -> Response {
+    let headers = [
+        (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY)),
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
+        (header::REFERRER_POLICY, HeaderValue::from_static("no-referrer")),
+    ];
+    (headers, include_str!("../../web/check.html")).into_response()
+}
+
+/// An event for the connection check to publish, since a page has nothing to sign one with: ephemeral, of a key of its own,
+/// with nothing of the client in it.
+async fn check_event() -> Response {
+    let topic: String = rand::rng().sample_iter(rand::distr::Alphanumeric).take(32).map(char::from).collect();
+    let tag = Tag::parse(["x", &topic]);
+    let event = tag.ok().and_then(|tag| {
+        EventBuilder::new(Kind::from(CHECK_KIND), r#"{"check":1}"#).tag(tag).finalize(&Keys::generate()).ok()
+    });
+    let headers = [(header::CACHE_CONTROL, HeaderValue::from_static("no-store"))];
+    match event {
+        Some(event) => (headers, Json(json!({ "topic": topic, "event": event }))).into_response(),
+        None => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,208 @@
+// The connection check: tries, one after the other, what an app needs from this network, and says it in plain words.
+
+const PATIENCE_MS = 10_000;
+const $ = id => document.getElementById(id);
+const found = [];
+
+function show(name, state, text) {
+  let line = [...$('steps').children].find(({ dataset }) => dataset.name === name);
+  if (!line) {
+    line = document.createElement('li');
+    line.dataset.name = name;
+    line.append(document.createElement('strong'), ' ', document.createElement('span'), document.createElement('div'));
+    line.children[0].textContent = name;
+    line.children[2].className = 'soft';
+    $('steps').append(line);
+  }
+  line.dataset.state = state;
+  line.children[1].textContent = { trying: '…', works: 'works', fails: 'does not work', skipped: 'not offered' }[state];
+  line.children[1].className = state === 'works' ? 'good' : state === 'fails' ? 'bad' : 'soft';
+  line.children[2].textContent = text;
+}
+
+/** Runs a step: what it returns is said of it; what it throws, of its failure. */
+async function step(name, trying, run) {
+  show(name, 'trying', trying);
+  let timer;
+  try {
+    const late = new Promise((_, fail) => { timer = setTimeout(() => fail(new Error('There was no answer in ten seconds.')), PATIENCE_MS); });
+    const said = await Promise.race([run(), late]);
+    const state = said.skipped ? 'skipped' : 'works';
+    show(name, state, said.text);
+    found.push({ name, state });
+    return true;
+  } catch (error) {
+    show(name, 'fails', error.message);
+    found.push({ name, state: 'fails' });
+    return false;
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+const ms = start => `${Math.round(performance.now() - start)} ms`;
+
+function connected(url) {
+  return new Promise((done, fail) => {
+    const socket = new WebSocket(url);
+    socket.onopen = () => done(socket);
+    const closed = () => fail(new Error('The relay cannot be reached: this network may not let WebSockets through.'));
+    Object.assign(socket, { onerror: closed, onclose: closed });
+  });
+}
+
+async function relay(url) {
+  const start = performance.now();
+  const socket = await connected(url);
+  socket.close();
+  return { text: `Connected after ${ms(start)}.` };
+}
+
+async function echo(url) {
+  const { topic, event } = await (await fetch('/check/event')).json();
+  const socket = await connected(url);
+  const start = performance.now();
+  try {
+    return await new Promise((done, fail) => {
+      socket.onclose = () => fail(new Error('The relay closed the connection.'));
+      socket.onmessage = ({ data }) => {
+        const [verb, , third, reason] = JSON.parse(data);
+        if (verb === 'EOSE') socket.send(JSON.stringify(['EVENT', event]));
+        if (verb === 'EVENT' && third.id === event.id) done({ text: `There and back in ${ms(start)}.` });
+        if (verb === 'OK' && third === false) {
+          // A relay for its owner's apps alone does not take the check's message; the way there is open.
+          if (/^(blocked|auth-required|restricted)/.test(reason)) done({ skipped: true, text: 'This relay serves its owner’s apps alone.' });
+          else fail(new Error(`The relay did not take it: ${reason}`));
+        }
+      };
+      socket.send(JSON.stringify(['REQ', 'check', { kinds: [event.kind], '#x': [topic] }]));
+    });
+  } finally {
+    socket.onclose = null;
+    socket.close();
+  }
+}
+
+/** Gathers candidates with some servers; says of which kinds there are, and whether a server was out of reach. */
+async function gather(iceServers, iceTransportPolicy) {
+  const connection = new RTCPeerConnection({ iceServers, iceTransportPolicy });
+  const kinds = new Set();
+  let unreachable = false;
+  try {
+    await new Promise((done, fail) => {
+      connection.onicecandidate = ({ candidate }) => { if (!candidate) done(); else if (candidate.type) kinds.add(candidate.type); };
+      connection.onicecandidateerror = ({ errorCode }) => { unreachable ||= errorCode === 701; };
+      connection.createDataChannel('check');
+      connection.setLocalDescription().catch(fail);
+    });
+    return { kinds, unreachable };
+  } finally {
+    connection.close();
+  }
+}
+
+async function stun(servers) {
+  const urls = servers.flatMap(server => server.urls).filter(url => url.startsWith('stun:'));
+  if (urls.length === 0) return { skipped: true, text: 'This server names no STUN server.' };
+  const { kinds, unreachable } = await gather([{ urls }]);
+  if (kinds.has('srflx')) return { text: 'Your network translates addresses (NAT), and the server sees where you come from.' };
+  if (unreachable) throw new Error('The server does not answer over UDP: this network may block it.');
+  return { text: 'Nothing stands between you and the server.' };
+}
+
+/** Two connections of this page, through the relay at `url` alone, and words there and back. */
+async function turn(servers, url) {
+  const server = servers.find(({ urls, username }) => username && urls.includes(url));
+  if (!server) return { skipped: true, text: 'This server does not offer it.' };
+  const configuration = { iceServers: [{ ...server, urls: [url] }], iceTransportPolicy: 'relay' };
+  const [one, other] = [new RTCPeerConnection(configuration), new RTCPeerConnection(configuration)];
+  const start = performance.now();
+  let refused;
+  for (const connection of [one, other]) {
+    connection.addEventListener('icecandidateerror', ({ errorCode }) => { if (errorCode !== 701) refused = errorCode; });
+  }
+  try {
+    return await new Promise((done, fail) => {
+      one.onicecandidate = ({ candidate }) => { if (candidate) other.addIceCandidate(candidate).catch(() => {}); };
+      other.onicecandidate = ({ candidate }) => { if (candidate) one.addIceCandidate(candidate).catch(() => {}); };
+      one.addEventListener('icegatheringstatechange', () => {
+        if (one.iceGatheringState !== 'complete' || /typ relay/.test(one.localDescription?.sdp ?? '')) return;
+        if (refused === 401 || refused === 403) fail(new Error('The server refuses the credentials that it gave.'));
+        else if (refused) fail(new Error(`The server refuses (${refused}).`));
+        else fail(new Error('The server cannot be reached this way.'));
+      });
+      const channel = one.createDataChannel('check');
+      channel.onopen = () => channel.send('there');
+      channel.onmessage = () => done({ text: `Words went through the relay and back after ${ms(start)}.` });
+      other.ondatachannel = ({ channel: theirs }) => { theirs.onmessage = () => theirs.send('back'); };
+      (async () => {
+        await one.setLocalDescription();
+        await other.setRemoteDescription(one.localDescription);
+        await other.setLocalDescription();
+        await one.setRemoteDescription(other.localDescription);
+      })().catch(fail);
+    });
+  } finally {
+    one.close();
+    other.close();
+  }
+}
+
+async function run() {
+  found.length = 0;
+  $('steps').replaceChildren();
+  $('advice-section').hidden = true;
+  $('share').disabled = $('again').disabled = true;
+  $('verdict').textContent = 'Trying…';
+  let config;
+  await step('This server', 'Asking what it offers', async () => {
+    config = await (await fetch('/client-config.json')).json();
+    return { text: 'It answers.' };
+  });
+  const [url] = config?.relayUrls ?? [`${location.protocol.replace('http', 'ws')}//${location.host}/`];
+  const servers = (config?.turnConfig ?? []).map(server => ({ ...server, urls: [server.urls].flat() }));
+  const turns = servers.flatMap(({ urls }) => urls).filter(address => /^turns?:/.test(address));
+  const offered = test => turns.find(test);
+  if (await step('Relay', 'Where apps find each other', () => relay(url))) {
+    await step('A message', 'To the relay and back', () => echo(url));
+  }
+  await step('STUN', 'Finding out how others see you', () => stun(servers));
+  await step('TURN over UDP', 'The usual way around a NAT', () => turn(servers, offered(address => /^turn:.*(transport=udp|:\d+$)/.test(address))));
+  await step('TURN over TCP', 'For networks that block UDP', () => turn(servers, offered(address => /^turn:.*transport=tcp/.test(address))));
+  await step('TURN over TLS', 'For networks that let little but the web through', () => turn(servers, offered(address => address.startsWith('turns:'))));
+
+  const failed = name => found.some(one => one.name === name && one.state === 'fails');
+  const works = name => found.some(one => one.name === name && one.state === 'works');
+  const advice = [];
+  if (failed('This server') || failed('Relay')) advice.push('Apps cannot meet anybody from here. Ask whoever runs this network to let WebSockets to this server through, or tell whoever runs the server that its relay is out of reach.');
+  if (failed('A message')) advice.push('The relay takes connections but not messages: tell whoever runs the server.');
+  const ways = ['TURN over UDP', 'TURN over TCP', 'TURN over TLS'];
+  if (ways.every(name => !works(name))) advice.push('Nothing goes through the TURN server. Calls and data work only with people whom you reach directly. Tell whoever runs the server.');
+  else if (failed('TURN over UDP')) advice.push('UDP is blocked here, but another way works: connections will be slower, not broken. Ask whoever runs this network to let UDP through.');
+  $('advice').replaceChildren(...advice.map(text => Object.assign(document.createElement('li'), { textContent: text })));
+  $('advice-section').hidden = advice.length === 0;
+  const troubled = found.filter(({ state }) => state === 'fails');
+  $('verdict').textContent = troubled.length === 0 ? 'Everything works from here.' : `Does not work: ${troubled.map(({ name }) => name).join(', ')}.`;
+  $('verdict').className = troubled.length === 0 ? 'good' : 'bad';
+  $('share').disabled = $('again').disabled = false;
+}
+
+/** What worked, without a word of where. */
+export function report() {
+  const browser = /(Firefox|Edg|Chrome|Safari)\/\d+/.exec(navigator.userAgent)?.[0] ?? 'another browser';
+  return [`Homeport connection check, ${new Date().toISOString().slice(0, 16)}Z, ${browser}`,
+    ...found.map(({ name, state }) => `${name}: ${{ works: 'works', fails: 'does not work', skipped: 'not offered' }[state]}`)].join('\n');
+}
+
+$('share').addEventListener('click', async () => {
+  const text = report();
+  try {
+    await navigator.clipboard.writeText(text);
+    $('share').textContent = 'Copied';
+  } catch {
+    // Without HTTPS there is no clipboard: show it, to be copied by hand.
+    $('share').replaceWith(Object.assign(document.createElement('pre'), { textContent: text }));
+  }
+});
+$('again').addEventListener('click', run);
+run();
