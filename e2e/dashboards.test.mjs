@@ -35,6 +35,9 @@ before(async () => {
   await scraped();
   // Enough links for a share of them to mean something.
   for (let page = 0; page < 3; page++) await openDatabase();
+  // Packets through TURN.
+  const check = await openPage(browser, `${homeport.httpUrl}/check`);
+  await until(check, 'the connection check', () => document.getElementById('verdict').textContent === 'Everything works from here.');
 });
 after(async () => {
   await browser?.close();
@@ -71,7 +74,8 @@ async function scraped() {
 const panelsOf = list => list.flatMap(panel => [panel, ...panelsOf(panel.panels ?? [])]);
 
 async function ask(expression) {
-  const query = expression.replaceAll('$__rate_interval', '10s').replaceAll('$__interval', '5s');
+  const query = expression.replaceAll('$__rate_interval', '10s').replaceAll('$__interval', '5s')
+    .replaceAll(/\$(instance|room)/g, '.*');
   const answer = await fetch(`${url}/api/v1/query`, { method: 'POST', body: new URLSearchParams({ query }) });
   const { status, error, data } = await answer.json();
   if (status !== 'success') throw new Error(`${expression}: ${error}`);
@@ -82,6 +86,11 @@ test('every panel of every dashboard returns data', async () => {
   const waiting = [];
   for (const file of (await readdir(dashboards)).filter(name => name.endsWith('.json'))) {
     const dashboard = JSON.parse(await readFile(join(dashboards, file), 'utf8'));
+    for (const { query } of dashboard.templating.list) {
+      const [, series, label] = /^label_values\((.*), (\w+)\)$/.exec(query.query);
+      waiting.push({ expr: `count by (${label}) (${series})`, name: `${file}: a variable` });
+    }
+    assert.ok(dashboard.links.length > 0, `${file} leads nowhere`);
     for (const panel of panelsOf(dashboard.panels).filter(({ type }) => type !== 'row')) {
       assert.ok(panel.description && panel.fieldConfig.defaults.unit, `${file}: ${panel.title} lacks description or unit`);
       assert.ok(panel.targets.length > 0, `${file}: ${panel.title} asks nothing`);

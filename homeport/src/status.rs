@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -33,6 +33,8 @@ pub(crate) const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src
 /// The kind of the connection check's events: ephemeral.
 const CHECK_KIND: u16 = 29_999;
 
+/// How long numbers are good for who asks.
+const FRESH: Duration = Duration::from_secs(1);
 /// How often numbers are remembered.
 const SAMPLE_INTERVAL: Duration = Duration::from_secs(15);
 /// An hour of them.
@@ -59,6 +61,8 @@ pub(crate) struct Status {
     /// By name; without one, only its numbers count.
     services: Mutex<Vec<(Option<&'static str>, Telemetry)>>,
     rooms: OnceLock<Rooms>,
+    /// The numbers of this very second: however often somebody asks, they are gathered once.
+    latest: Mutex<Option<(Instant, Sample)>>,
     samples: Mutex<VecDeque<Sample>>,
     /// Shows details; `None`: nothing does, unless `is_private`.
     token: Option<String>,
@@ -115,6 +119,14 @@ impl Status {
     }
 
     fn sample(&self) -> Sample {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        match *latest {
+            Some((at, sample)) if at.elapsed() < FRESH => sample,
+            _ => latest.insert((Instant::now(), self.gather())).1,
+        }
+    }
+
+    fn gather(&self) -> Sample {
         let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let families: Vec<MetricFamily> =
             services.iter().flat_map(|(_, telemetry)| telemetry.registry.gather()).collect();
@@ -307,7 +319,7 @@ mod tests {
         telemetry.registry.register(Box::new(connections.clone())).unwrap();
         telemetry.registry.register(Box::new(dials.clone())).unwrap();
         status.add(Some("relay"), telemetry);
-        let sample = |status: &Status| status.samples.lock().unwrap().push_back(status.sample());
+        let sample = |status: &Status| status.samples.lock().unwrap().push_back(status.gather());
         connections.set(7);
         dials.with_label_values(&["unanswered"]).inc_by(100);
         sample(&status);
