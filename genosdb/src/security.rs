@@ -23,9 +23,11 @@ pub fn user_id(address: Address) -> JsonString {
     JsonString::new(&format!("{USER_PREFIX}{address}"))
 }
 
-/// Whose node this is, if it is a user's.
+/// Whose node this is, if it is a user's. An address that is spelled in another way names no user: roles are looked for
+/// under one spelling alone.
 pub fn user_of(id: &JsonString) -> Option<Address> {
-    Address::parse(id.as_printed().strip_prefix(USER_PREFIX)?)
+    let address = Address::parse(id.as_printed().strip_prefix(USER_PREFIX)?)?;
+    (user_id(address) == *id).then_some(address)
 }
 
 fn is_user(id: &JsonString) -> bool {
@@ -402,6 +404,8 @@ mod tests {
         assert!(town.says_of(2, 2, r#"{"role":"guest","name":"Two"}"#), "a newcomer says that it is here");
         assert!(!town.says_of(2, 2, r#"{"role":"guest","name":"2"}"#), "but only once, as long as it may not write");
         assert!(!town.says_of(2, 3, r#"{"role":"guest"}"#), "and nothing about others");
+        let elsewhere = format!("user:{}", address(2).to_string().to_lowercase());
+        assert!(!town.writes(2, &elsewhere, r#"{"role":"guest"}"#), "nor under another spelling of itself");
         assert!(town.says_of(1, 2, r#"{"role":"user"}"#));
         assert!(town.writes(2, "a", "1") && town.links(2, "a") && !town.removes(2, "a"));
         assert!(town.says_of(2, 2, r#"{"role":"user","name":"Two"}"#), "the role stays, the rest is its own");

@@ -105,17 +105,19 @@ pub(crate) struct DialLedger {
     state: Mutex<State>,
 }
 
+/// Whether an event may be an offer or an answer. Most of what passes here are announces, which are shorter than any
+/// description and not looked into.
+pub(crate) fn may_be_of_a_dial(event: &Event<'_>) -> bool {
+    let content: &str = &event.content;
+    event.is_ephemeral() && (content.contains("\"offer\"") || content.contains("\"answer\""))
+}
+
 impl DialLedger {
     /// Takes note of an event that came over `connection` and goes to `receivers`.
     pub(crate) fn note(&self, event: &Event<'_>, connection: u64, receivers: &[u64], now: Instant) -> Noted {
         let mut noted = Noted::default();
-        let content: &str = &event.content;
-        // Announces are most of what passes here; they are not parsed.
-        if !content.contains("\"offer\"") && !content.contains("\"answer\"") {
-            return noted;
-        }
         let Some(topic) = event.only_topic() else { return noted };
-        let Ok(content) = serde_json::from_str::<Content<'_>>(content) else { return noted };
+        let Ok(content) = serde_json::from_str::<Content<'_>>(&event.content) else { return noted };
         let Some(peer) = content.peer else { return noted };
         let offer_id = content.offer_id.map(|id| self.hash(&*id));
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

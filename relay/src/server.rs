@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{self, Admission, Gate, NotAdmitted};
 use crate::connection;
-use crate::dials::DialLedger;
+use crate::dials::{self, DialLedger};
 use crate::event::{Event, KeyCache, VerifyError};
 use crate::information;
 use crate::limits::{self, AddressLimits, Rates};
@@ -394,7 +394,7 @@ impl Relay {
             }
         }
         self.metrics.held_back.inc_by(held_back);
-        if let Some(dials) = self.dials.as_ref().filter(|_| event.is_ephemeral()) {
+        if let Some(dials) = self.dials.as_ref().filter(|_| dials::may_be_of_a_dial(event)) {
             let receivers: Vec<u64> = subscriptions.iter().map(|subscription| subscription.connection).collect();
             self.metrics.note_dials(dials.note(event, client.connection, &receivers, now));
         }
