@@ -3,6 +3,11 @@
 #![no_main]
 
 use genosdb::frame::Frame;
+use genosdb::governance::Rules;
+use genosdb::query::Query;
+use genosdb::roles::Roles;
+use genosdb::security::{Attested, Change, Policy};
+use genosdb::signature::Address;
 use genosdb::{Batch, Content, Envelope, Limits, MemoryGraph, Operation, Reassembler, signature};
 
 /// Any time of day will do.
@@ -12,6 +17,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let limits = Limits { message_bytes: 1 << 20, unfinished_bytes: 1 << 20, ..Limits::default() };
     let mut reassembler = Reassembler::new(limits);
     let mut graph = MemoryGraph::default();
+    let policy = Policy { super_admins: [].into(), roles: Roles::default(), acls: true };
+    let Some(somebody) = Address::parse("0xf39Fd6e51aad88F6F4ce6aB8827279cffFb92266") else { return };
     let mut rest = bytes;
     while let Some((length, more)) = rest.split_first_chunk::<2>() {
         let length = usize::from(u16::from_be_bytes(*length)).min(more.len());
@@ -27,6 +34,20 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             assert_eq!(Envelope::parse(&envelope.print()).as_ref(), Ok(&envelope));
         }
         let _ = signature::verify(&text);
+        let _ = Query::parse(&text).map(|query| query.follows_edges());
+        let _ = Rules::parse(&text, &policy).map(|rules| rules.wait());
+        // What a room with super admins asks of each operation, whoever signed it.
+        for (operation, raw) in Batch::parse_with_text(&text).map(|(operations, _)| operations).unwrap_or_default() {
+            let attested = Attested::check(operation, raw);
+            if let Some(change) = Change::of(&attested.operation) {
+                let Ok(_) = policy.permits(&mut graph, somebody, change, NOW_MS);
+            }
+            if let Operation::FullStateSync(state) = &attested.operation {
+                for node in &state.nodes {
+                    let Ok(_) = policy.permits(&mut graph, somebody, Change::Node(node), NOW_MS);
+                }
+            }
+        }
         let Ok(batch) = Batch::parse(&text) else { continue };
         for operation in &batch.operations {
             match operation {
