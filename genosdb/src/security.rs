@@ -179,14 +179,7 @@ impl Policy {
         Ok(!is_user(id) && !is_owned(before.as_ref()) && !is_owned(value))
     }
 
-    /// The role that `address` has at `wall_ms`.
-    ///
-    /// # Errors
-    /// Those of the store.
-    pub fn role<S: Store>(&self, store: &mut S, address: Address, wall_ms: u64) -> Result<String, S::Error> {
-        Ok(self.standing(store, address, wall_ms)?.role)
-    }
-
+    /// What `address` may do at `wall_ms`.
     fn standing<S: Store>(&self, store: &mut S, address: Address, wall_ms: u64) -> Result<Standing<'_>, S::Error> {
         let role = if self.super_admins.contains(&address) {
             SUPER_ADMIN.to_owned()

@@ -148,7 +148,10 @@ pub(super) struct LogArgs {
 
 pub(super) fn log(data: &Path, args: &LogArgs) -> anyhow::Result<()> {
     let history = History::open(data, &args.name)?;
-    let mut next = args.from.unwrap_or_else(|| history.last_entry().unwrap_or(0).saturating_sub(args.last) + 1);
+    let mut next = match args.from {
+        Some(from) => from,
+        None => history.last_entry()?.saturating_sub(args.last) + 1,
+    };
     let mut out = BufWriter::new(std::io::stdout().lock());
     loop {
         let version = history.version()?;

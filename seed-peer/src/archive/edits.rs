@@ -2,7 +2,7 @@
 
 use genosdb::graph::Outcome;
 use genosdb::json::{self, Json, JsonString};
-use genosdb::operation::{FullStateSync, Link, Node, Operation, Removal, Remove, Upsert};
+use genosdb::operation::{FullStateSync, Link, Node, Operation, OperationError, Removal, Remove, Upsert};
 use genosdb::security::USER_PREFIX;
 use genosdb::{ChannelName, Clock, Content, Hlc, Message, Store as _};
 use rusqlite::params;
@@ -116,6 +116,8 @@ pub(super) enum WriteError {
     NotPermitted,
     #[error("beyond the bounds of a room ({0})")]
     TooMuch(&'static str),
+    #[error("it cannot be signed: {0}")]
+    Sign(#[from] OperationError),
     #[error(transparent)]
     Archive(#[from] rusqlite::Error),
 }
@@ -174,11 +176,9 @@ impl Writer {
             self.judge(security, state, &operation, Ok(identity.address()), wall_ms)?
                 .map_err(|_| WriteError::NotPermitted)?;
         }
-        if let Some(identity) = &self.config.identity
-            && let Ok(signed) = identity.sign(&operation.to_string())
-            && let Ok(signed) = Operation::parse(&signed, &mut 0)
-        {
-            operation = signed;
+        if let Some(identity) = &self.config.identity {
+            let signed = identity.sign(&operation.to_string()).map_err(OperationError::from)?;
+            operation = Operation::parse(&signed, &mut 0)?;
         }
         Ok(operation)
     }

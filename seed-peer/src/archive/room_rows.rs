@@ -70,12 +70,21 @@ pub(super) fn added(connection: &Connection) -> rusqlite::Result<Vec<RoomConfig>
     for row in rows {
         let (name, settings) = row?;
         match serde_json::from_str::<Settings>(&settings) {
-            Ok(Settings { password, cells, super_admins }) => rooms.push(RoomConfig {
-                name,
-                password,
-                cells: cells.map(|CellsSettings { cell_size, bridge }| CellsConfig { cell_size, bridge }),
-                security: Security::of(super_admins.iter().filter_map(|text| Address::parse(text))),
-            }),
+            Ok(Settings { password, cells, super_admins }) => {
+                let Some(super_admins) =
+                    super_admins.iter().map(|text| Address::parse(text)).collect::<Option<Vec<_>>>()
+                else {
+                    // Without who rules it, everybody would.
+                    tracing::error!(room = %name, "the archive does not say who rules a room: it is not joined");
+                    continue;
+                };
+                rooms.push(RoomConfig {
+                    name,
+                    password,
+                    cells: cells.map(|CellsSettings { cell_size, bridge }| CellsConfig { cell_size, bridge }),
+                    security: Security::of(super_admins),
+                });
+            }
             Err(error) => tracing::error!(room = %name, %error, "the archive does not say how to join a room"),
         }
     }

@@ -325,3 +325,16 @@ proptest! {
         prop_assert_eq!(signature::verify(&delta.to_string()), Ok(identity(1).address()));
     }
 }
+
+#[test]
+fn a_room_that_was_added_is_joined_with_who_rules_it_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let room = RoomConfig { security: Security::of([identity(1).address()]), ..RoomConfig::named("added") };
+    let mut opened = super::super::Opened::open(folder.path()).unwrap();
+    opened.room(&room, crate::rooms::Source::Added).unwrap();
+    let added = opened.added().unwrap();
+    assert_eq!(added[0].security.as_ref().unwrap().policy.super_admins, [identity(1).address()].into());
+    let garbled = r#"UPDATE room SET settings = '{"super_admins":["0x12"]}'"#;
+    opened.file.connection.execute(garbled, []).unwrap();
+    assert!(opened.added().unwrap().is_empty(), "without who rules it, everybody would");
+}
