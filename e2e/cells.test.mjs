@@ -55,8 +55,35 @@ function suite(client, module, options) {
       }
     }
 
+    /**
+     * Waits until a word of each member reaches all others, and does so again once everybody must have sealed the
+     * same roster: until then, peers may take each other's frames for those of a cell that is not theirs.
+     */
+    async function settle(members) {
+      await Promise.all(members.map(page => page.evaluate(() => {
+        window.words = new Map();
+        window.presence = window.db.room.channel('presence');
+        window.presence.on('message', ({ from, round }) => window.words.set(from, round));
+      })));
+      const sealed = 5_000;
+      let first;
+      for (let round = 1; round < 60; round++) {
+        const started = Date.now();
+        await Promise.all(members.map((page, from) =>
+          page.evaluate(word => window.presence.send(word), { from, round })));
+        const all = await Promise.all(members.map(page =>
+          until(page, 'a word of each', ([count, round]) => [...window.words.values()].filter(one => one === round).length >= count,
+            [members.length - 1, round], 1_000).then(() => true, () => false)));
+        if (all.every(Boolean)) first ??= started;
+        if (all.every(Boolean) && started >= first + sealed) return;
+        await new Promise(done => setTimeout(done, 250));
+      }
+      assert.fail('words still do not reach everybody');
+    }
+
     /** Everybody writes, everybody has all of it; a channel of the application reaches everybody too. */
     async function talk(members) {
+      await settle(members);
       for (const page of members) {
         await page.evaluate(() => {
           window.heard = [];

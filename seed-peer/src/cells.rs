@@ -18,6 +18,7 @@ use genosdb::envelope::{Envelope, Postmark};
 use genosdb::{CellIndex, ChannelName, Json, PeerId, Topology};
 use serde::{Deserialize, Serialize};
 
+use crate::links::LinkId;
 use crate::rooms::CellStatus;
 use crate::roster::Roster;
 
@@ -25,6 +26,8 @@ use crate::roster::Roster;
 const REMEMBERED: usize = 5_000;
 /// Links outside the topology end so long after a seal.
 const PRUNE_AFTER: Duration = Duration::from_secs(5);
+/// How long after a seal, if nobody comes or goes, everybody has sealed the same roster and links by it.
+const SETTLED_AFTER: Duration = Duration::from_secs(6);
 /// Links that are younger are left alone: the other side may know more.
 const YOUNG: Duration = Duration::from_secs(15);
 /// Ids that the seed goes by in one room, at most.
@@ -75,6 +78,8 @@ pub(crate) struct Cells {
     ours: Vec<PeerId>,
     topology: Arc<Topology>,
     sealed: Option<Instant>,
+    /// When the topology counts as settled, until that has been acted on.
+    settles: Option<Instant>,
     repicked: Option<Instant>,
     /// When ids are to be looked for that a seal left out.
     unfinished: Option<Instant>,
@@ -98,6 +103,7 @@ impl Cells {
             ours: vec![id],
             topology: Arc::new(Topology::new(&[id], config.cell_size)),
             sealed: None,
+            settles: None,
             repicked: None,
             unfinished: None,
             claims: HashMap::new(),
@@ -134,7 +140,23 @@ impl Cells {
 
     /// When there is something to do besides sealing.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
-        self.unfinished
+        self.unfinished.into_iter().chain(self.settles).min()
+    }
+
+    /// Whether the topology has just settled: true once after the last of several seals.
+    pub(crate) fn has_settled(&mut self, now: Instant) -> bool {
+        self.settles.take_if(|at| now >= *at).is_some()
+    }
+
+    /// One of `peers` for each cell that any of them is in.
+    pub(crate) fn one_of_each_cell(&self, peers: impl Iterator<Item = (PeerId, LinkId)>) -> Vec<LinkId> {
+        let mut chosen: HashMap<CellIndex, LinkId> = HashMap::new();
+        for (peer, link) in peers {
+            if let Some(cell) = self.topology.cell_of(&peer) {
+                chosen.insert(cell, link);
+            }
+        }
+        chosen.into_values().collect()
     }
 
     /// Whether ids are to be looked for now.
@@ -154,6 +176,7 @@ impl Cells {
         }
         self.topology = Arc::new(self.topology_with(&others));
         self.sealed = Some(now);
+        self.settles = Some(now + SETTLED_AFTER);
         let added = self.ours.iter().filter(|id| !before.contains(id)).copied().collect();
         let dropped = before.into_iter().filter(|id| !self.ours.contains(id)).collect();
         IdChange { added, dropped }
@@ -353,3 +376,24 @@ impl Seen {
 
 #[cfg(test)]
 mod simulation;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topology_settles_once_after_the_last_of_several_seals() {
+        let start = Instant::now();
+        let config = CellsConfig { cell_size: 4, bridge: Bridge::One };
+        let mut cells = Cells::new(config, PeerId::parse(&"m".repeat(20)).unwrap());
+        assert!(!cells.has_settled(start + SETTLED_AFTER));
+        let roster = Roster::new(start);
+        let later = start + SETTLED_AFTER / 2;
+        cells.seal(&roster, start);
+        cells.seal(&roster, later);
+        assert!(!cells.has_settled(start + SETTLED_AFTER));
+        assert_eq!(cells.next_tick(), Some(later + SETTLED_AFTER));
+        assert!(cells.has_settled(later + SETTLED_AFTER));
+        assert!(!cells.has_settled(later + SETTLED_AFTER) && cells.next_tick().is_none());
+    }
+}

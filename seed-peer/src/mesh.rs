@@ -176,6 +176,8 @@ impl Mesh {
         let (archive, is_due) = (room.archive, room.roster.is_due(now));
         let governs = room.governor.as_mut().is_some_and(|governor| governor.is_due(now));
         let is_unfinished = room.cells.as_ref().is_some_and(|cells| cells.is_unfinished(now));
+        // Where somebody comes or goes, another seal follows.
+        let has_settled = !is_due && room.cells.as_mut().is_some_and(|cells| cells.has_settled(now));
         for (us, actions) in actions {
             self.act(now, id, us, actions);
         }
@@ -187,6 +189,9 @@ impl Mesh {
         }
         if is_due || is_unfinished {
             self.seal(id, now);
+        }
+        if has_settled {
+            self.ask_around(id);
         }
         self.prune(id, now);
         self.count_presence(id);

@@ -44,6 +44,7 @@ fn cells_of(us: PeerId, cell_size: usize, topology: Arc<Topology>) -> Cells {
         ours: vec![us],
         topology,
         sealed: None,
+        settles: None,
         repicked: None,
         unfinished: None,
         claims: HashMap::new(),

@@ -260,6 +260,19 @@ impl Mesh {
         }
     }
 
+    /// Asks one peer of each cell for what the seed lacks. While rosters differ, peers disagree on channels and bridges,
+    /// and what they send may not leave their cell; nobody would ask for it before the next peer joins. Answers go to
+    /// everybody (wire §4), so this mends the others as well.
+    pub(super) fn ask_around(&mut self, id: RoomId) {
+        let Some(room) = self.state.rooms.get(&id).filter(|room| room.part == Part::Graph) else { return };
+        let Some(cells) = &room.cells else { return };
+        let asked = cells.one_of_each_cell(room.links().map(|(_, peer, link)| (peer, link)));
+        let question = sync_message(room.latest, self.identity.as_deref());
+        for link in asked {
+            self.send(link, question.clone());
+        }
+    }
+
     fn ask_archive(&mut self, now: Instant, asker: Asker, id: RoomId, known: Known) {
         let Some(room) = self.state.rooms.get_mut(&id) else { return };
         let known = match asker {

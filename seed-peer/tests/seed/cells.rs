@@ -5,7 +5,7 @@ use std::time::Duration;
 use genosdb::{MemoryGraph, PeerId, Room};
 use seed_peer::{Bridge, CellsConfig};
 
-use crate::client::{Client, View, new_id};
+use crate::client::{Client, PATIENCE, View, new_id};
 use crate::house::{counted, relay, seed_in_cells, url};
 
 const CELL_SIZE: usize = 4;
@@ -39,6 +39,20 @@ async fn settled(clients: &mut [(PeerId, Client)], ours: usize) {
             })
         };
         client.until("the same topology as the others", is_settled).await;
+    }
+}
+
+/// Waits until nobody asks for anything any more: not the peers as they come, nor the seed when they have settled.
+async fn quiet(clients: &mut [(PeerId, Client)]) {
+    let silence = Duration::from_secs(8);
+    loop {
+        let any = clients.iter_mut().map(|(_, client)| {
+            let heard = client.view().heard.len();
+            Box::pin(client.changed(move |view| view.heard.len() > heard))
+        });
+        if tokio::time::timeout(silence, futures_util::future::select_all(any)).await.is_err() {
+            return;
+        }
     }
 }
 
@@ -131,6 +145,41 @@ async fn with_one_bridge_the_room_outlives_a_browser_that_was_another() {
     for (_, client) in clients {
         client.vanish();
     }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn what_was_lost_while_cells_changed_reaches_everybody_once_they_have_settled() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    // No browser is a bridge, so that one that leaves makes no new links.
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    let mut clients: Vec<(PeerId, Client)> = (0..9).map(|_| join(&url)).collect();
+    settled(&mut clients, 3).await;
+    clients[0].1.write("put before 1");
+    for (_, client) in &mut clients {
+        client.until("the node", |view| view.graph.get("before").is_some()).await;
+    }
+    quiet(&mut clients).await;
+    clients[4].1.write_unheard("put lost 1");
+    // Somebody goes: rosters are sealed anew, and no peer that is new asks for anything.
+    clients.remove(7).1.leave().await;
+    let questions = |view: &View| view.heard.iter().filter(|kind| **kind == "sync").count();
+    let asked = clients.iter_mut().map(|(_, client)| {
+        let before = questions(&client.view());
+        Box::pin(client.changed(move |view| questions(view) > before))
+    });
+    let asked = tokio::time::timeout(PATIENCE, futures_util::future::select_all(asked));
+    asked.await.expect("the seed asks what it has missed");
+    for (_, client) in &mut clients {
+        client.until("what was lost", |view| view.graph.get("lost").is_some()).await;
+    }
+    for (_, client) in clients {
+        client.vanish();
+    }
+    counted(&seed, "homeport_seed_nodes", "my-app", 2.0).await;
     seed.shutdown().await;
     relay.shutdown().await;
 }

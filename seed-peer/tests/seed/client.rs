@@ -57,6 +57,8 @@ pub(crate) type Acknowledged = Arc<Mutex<Vec<(String, Instant)>>>;
 enum Command {
     Write(String),
     Send(Vec<u8>),
+    /// The same, with nothing sent: as if every frame of it were dropped on the way.
+    WriteUnheard(String),
     /// Send data of the application to everybody, over cells.
     MeshSend(String),
     /// Send bytes to everybody, behind an envelope.
@@ -151,6 +153,11 @@ impl Client {
         self.commands.send(Command::Write(script.to_owned())).unwrap();
     }
 
+    /// Writes as [`Client::write`] does, and every frame that says so is lost.
+    pub(crate) fn write_unheard(&self, script: &str) {
+        self.commands.send(Command::WriteUnheard(script.to_owned())).unwrap();
+    }
+
     /// Sends raw bytes on every data channel.
     pub(crate) fn send_raw(&self, bytes: &[u8]) {
         self.commands.send(Command::Send(bytes.to_owned())).unwrap();
@@ -201,6 +208,11 @@ impl Client {
     /// What the peer holds now.
     pub(crate) fn view(&self) -> View {
         self.state.borrow().clone()
+    }
+
+    /// Waits for as long as it takes until the peer's view is as wanted.
+    pub(crate) async fn changed(&mut self, mut wanted: impl FnMut(&View) -> bool) {
+        self.state.wait_for(|view| wanted(view)).await.expect("a running peer");
     }
 
     /// Waits until the peer's view is as wanted.
@@ -344,6 +356,7 @@ impl Peer {
                 biased;
                 command = commands.recv() => match command {
                     Some(Command::Write(script)) => self.write(&script).await,
+                    Some(Command::WriteUnheard(script)) => drop(self.apply(&script)),
                     Some(Command::Send(bytes)) => for link in self.links.values() {
                         if let Some(channel) = &link.channel {
                             channel.send(&bytes.clone().into()).await.unwrap();
@@ -677,6 +690,12 @@ impl Peer {
     }
 
     async fn write(&mut self, script: &str) {
+        let operations = self.apply(script);
+        self.broadcast(&operations).await;
+    }
+
+    /// Applies the operations of a script to the own graph and log.
+    fn apply(&mut self, script: &str) -> Vec<Operation> {
         let wall_ms = self.wall_ms();
         let mut operations = Vec::new();
         for line in script.lines().filter(|line| !line.trim().is_empty()) {
@@ -697,7 +716,7 @@ impl Peer {
         }
         self.log.extend(operations.iter().cloned());
         self.log.drain(..self.log.len().saturating_sub(200));
-        self.broadcast(&operations).await;
+        operations
     }
 
     fn wall_ms(&self) -> u64 {
