@@ -27,6 +27,7 @@ pub(crate) use rules::{Place, Rules, TotalBandwidth};
 use crate::bucket::Buckets;
 use crate::message::{self, Class, ErrorCode, Message, MessageError, Method, TransactionId};
 use crate::metrics::Metrics;
+use crate::probe::PROBE_NAME;
 
 /// How long the upper port of a pair is kept for who has the token (RFC 8656, section 7.2).
 const RESERVATION_LIFETIME: Duration = Duration::from_secs(30);
@@ -179,7 +180,10 @@ impl Engine {
             (false, false) => "unused",
             _ => "one_way",
         };
-        self.metrics.outcomes.with_label_values(&[outcome]).inc();
+        // What tries the server out is nobody's success.
+        if allocation.username.rsplit(':').next() != Some(PROBE_NAME) {
+            self.metrics.outcomes.with_label_values(&[outcome]).inc();
+        }
         let lived = now.saturating_duration_since(allocation.created);
         self.metrics.lifetime_seconds.observe(lived.as_secs_f64());
     }

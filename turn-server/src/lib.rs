@@ -15,6 +15,7 @@ mod message;
 mod metrics;
 mod nonce;
 mod peer_filter;
+mod probe;
 mod quotas;
 mod server;
 mod sockets;
@@ -24,6 +25,7 @@ mod worker;
 
 pub use credentials::{Credentials, Minted, mint};
 pub use external::{Addresses, ExternalIp, ExternalIpError, OwnAddress};
+pub use probe::{Echo, PROBE_NAME, Probe, ProbeError, ProbeTransport};
 pub use quotas::Quotas;
 pub use server::{Config, Limits, Server, StartError};
 pub use tls::{TlsError, TlsFiles};

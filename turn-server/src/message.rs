@@ -329,9 +329,24 @@ impl<'a> Message<'a> {
 
     /// The address in XOR-MAPPED-ADDRESS, in an answer to a Binding request.
     pub(crate) fn mapped_address(&self) -> Option<SocketAddr> {
+        self.address(self.first(attribute::XOR_MAPPED_ADDRESS)?)
+    }
+
+    /// The address in XOR-RELAYED-ADDRESS, in an answer to an Allocate request.
+    pub(crate) fn relayed_address(&self) -> Option<SocketAddr> {
+        self.address(self.first(attribute::XOR_RELAYED_ADDRESS)?)
+    }
+
+    /// The code in ERROR-CODE (RFC 8489, section 14.8).
+    pub(crate) fn error_code(&self) -> Option<u16> {
+        let &[_, _, class, number, ..] = self.first(attribute::ERROR_CODE)? else { return None };
+        Some(u16::from(class & 7) * 100 + u16::from(number))
+    }
+
+    /// The value of the first attribute of a kind that servers have no use for.
+    fn first(&self, kind: u16) -> Option<&'a [u8]> {
         let walk = Walk { bytes: &self.bytes[..self.end], at: HEADER };
-        let mut mapped = walk.filter_map(Result::ok).filter(|(kind, ..)| *kind == attribute::XOR_MAPPED_ADDRESS);
-        self.address(mapped.next()?.1)
+        walk.filter_map(Result::ok).find(|(found, ..)| *found == kind).map(|(_, value, _)| value)
     }
 
     /// The address in an XOR-… attribute (RFC 8489, section 14.2).
