@@ -5,13 +5,14 @@ cd "$(dirname "$0")"
 
 step() { printf '\n== %s\n' "$*"; }
 
-# Debian's packages: Chromium for the pages, Prometheus for the dashboards, coturn for its client of TURN, OpenSSL for
-# certificates, Python for aioice.
+# Debian's packages: Chromium for the pages, Prometheus for the dashboards, coturn for its client of TURN, OpenSSL and
+# pebble for certificates, Python for aioice.
 missing=()
 command -v turnutils_uclient >/dev/null || missing+=(coturn)
 command -v openssl >/dev/null || missing+=(openssl)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ -x /usr/bin/chromium ] || missing+=(chromium)
+command -v pebble >/dev/null || missing+=(pebble)
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
 if [ ${#missing[@]} -gt 0 ]; then
   step "installing ${missing[*]}"

@@ -20,6 +20,8 @@ pub(crate) struct ClientConfig {
     pub(crate) relay_url: Option<String>,
     /// Where the relay listens, to fall back on.
     pub(crate) relay_listen: SocketAddr,
+    /// Whether clients come with TLS.
+    pub(crate) tls: bool,
     /// Credentials for TURN, if there is a secret to make them with.
     pub(crate) turn: Option<Arc<TurnCredentials>>,
 }
@@ -33,10 +35,11 @@ impl ClientConfig {
 
     /// The configuration for a client that reached the relay as `host`.
     fn document(&self, host: Option<&str>, turn: Value) -> Value {
+        let scheme = if self.tls { "wss" } else { "ws" };
         let relay = match (&self.relay_url, host) {
             (Some(url), _) => url.clone(),
-            (None, Some(host)) => format!("ws://{host}"),
-            (None, None) => format!("ws://{}", self.relay_listen),
+            (None, Some(host)) => format!("{scheme}://{host}"),
+            (None, None) => format!("{scheme}://{}", self.relay_listen),
         };
         json!({ "relayUrls": [relay], "turnConfig": turn })
     }
@@ -58,7 +61,7 @@ async fn page(
 }
 
 /// Whether text is a host with or without a port, and nothing else.
-fn is_host(text: &str) -> bool {
+pub(crate) fn is_host(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".-:[]".contains(&byte);
     (1..=255).contains(&text.len()) && text.bytes().all(allowed)
 }
@@ -77,9 +80,12 @@ mod tests {
 
     #[test]
     fn a_client_is_told_of_the_relay_as_it_reached_it() {
-        let config = ClientConfig { relay_url: None, relay_listen: "127.0.0.1:8080".parse().unwrap(), turn: None };
+        let relay_listen = "127.0.0.1:8080".parse().unwrap();
+        let config = ClientConfig { relay_url: None, relay_listen, tls: false, turn: None };
         let document = config.document(Some("relay.example.com:8080"), json!([]));
         assert_eq!(document, json!({ "relayUrls": ["ws://relay.example.com:8080"], "turnConfig": [] }));
+        let with_tls = ClientConfig { tls: true, ..config.clone() };
+        assert_eq!(with_tls.document(Some("a.example"), json!([]))["relayUrls"], json!(["wss://a.example"]));
         let public = ClientConfig { relay_url: Some("wss://relay.example.com".into()), ..config };
         assert_eq!(public.document(Some("other"), json!([]))["relayUrls"], json!(["wss://relay.example.com"]));
     }

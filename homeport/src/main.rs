@@ -1,5 +1,6 @@
 //! Homeport: the always-on half of browser peer-to-peer apps.
 
+mod acme;
 mod admin;
 mod check;
 mod client_config;

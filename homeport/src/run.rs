@@ -8,6 +8,7 @@ use anyhow::{Context as _, bail};
 use service::{MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
 use crate::reports::Reports;
@@ -59,6 +60,15 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
 
     let status = Status::new(settings.relay.status_token.clone(), settings.relay.listen.ip().is_loopback());
     let watching = status.watch();
+    let asking = match settings.acme().filter(|_| services.relay || services.turn) {
+        Some(acme) => {
+            let (asked, tasks) = Acme::start(acme.clone(), AcmeFolder::in_data(&settings.seed.data))?;
+            status.add(Some("certificate"), asked.clone());
+            telemetry.push(asked);
+            tasks
+        }
+        None => Vec::new(),
+    };
     let turn = if services.turn {
         let server = turn_server::Server::bind(settings.turn()?).await?;
         summary.turn = Some(TurnSummary {
@@ -83,7 +93,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             telemetry.push(reported);
         }
         let server = relay::Server::bind(settings.relay(routes.merge(Arc::clone(&status).routes()), own_seed)?).await?;
-        summary.relay = Some((server.address(), settings.relay.public_url.clone()));
+        summary.relay = Some((server.address(), settings.relay_url()));
         status.add(Some("relay"), server.telemetry().clone());
         telemetry.push(server.telemetry().clone());
         Some(server)
@@ -134,6 +144,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
     watching.abort();
+    asking.iter().for_each(tokio::task::JoinHandle::abort);
     let stopping = async {
         if let Some(admin) = admin {
             admin.close();
@@ -173,13 +184,15 @@ async fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> an
                 Some(own) => own,
                 None => settings.turn_place().await?,
             };
-            let host = settings.turn.host.clone().unwrap_or_else(|| printed(own.external_ip));
+            let host = settings.turn.host.clone().or_else(|| settings.host().map(str::to_owned));
+            let host = host.unwrap_or_else(|| printed(own.external_ip));
             let place = TurnPlace { host, port: own.port, tls_port: own.tls_port };
             Some(Arc::new(TurnCredentials::new(place, secret, settings.credential_rules()?)))
         }
         None => None,
     };
-    Ok(ClientConfig { relay_url: settings.relay.public_url.clone(), relay_listen: settings.relay.listen, turn })
+    let tls = settings.tls_files()?.is_some();
+    Ok(ClientConfig { relay_url: settings.relay_url(), relay_listen: settings.relay.listen, tls, turn })
 }
 
 /// The address under which this process reaches its own relay.

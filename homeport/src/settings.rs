@@ -11,9 +11,10 @@ use figment::providers::Serialized;
 use figment::value::Dict;
 use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
+use service::TlsFiles;
 use service::settings::SettingsError;
-use turn_server::TlsFiles;
 
+use crate::acme::AcmeFolder;
 use crate::status;
 
 pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
@@ -30,7 +31,7 @@ pub(crate) struct Settings {
     pub(crate) turn: TurnSettings,
     pub(crate) seed: SeedSettings,
     pub(crate) metrics: MetricsSettings,
-    tls: Option<TlsSettings>,
+    tls: TlsSettings,
 }
 
 /// `[relay]`
@@ -137,14 +138,69 @@ struct TlsSettings {
     cert: Option<PathBuf>,
     /// The private key, in PEM.
     key: Option<PathBuf>,
-    /// Certificates that are asked for by themselves.
-    acme: Option<Dict>,
+    /// A certificate that is asked for and renewed by itself.
+    acme: AcmeSettings,
+}
+
+/// `[tls.acme]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct AcmeSettings {
+    /// The names that the certificate is to be for; apps reach the services under the first.
+    pub(crate) domains: Vec<String>,
+    /// Where the certificate authority may write to.
+    pub(crate) email: Option<String>,
+    /// The certificate authority's directory; Let's Encrypt's without it.
+    pub(crate) directory: String,
+    /// Where to answer the certificate authority, which asks at port 80 of each domain.
+    pub(crate) listen: SocketAddr,
+    /// The root of the certificate authority's own certificate, in PEM, if this machine does not know it.
+    pub(crate) ca: Option<PathBuf>,
+}
+
+impl Default for AcmeSettings {
+    fn default() -> Self {
+        Self {
+            domains: Vec::new(),
+            email: None,
+            directory: instant_acme::LetsEncrypt::Production.url().to_owned(),
+            listen: everywhere(80),
+            ca: None,
+        }
+    }
+}
+
+impl AcmeSettings {
+    fn check(&self) -> Result<(), SettingsError> {
+        if self.domains.is_empty() && *self != Self::default() {
+            return Err(SettingsError::of("tls.acme.domains", "a certificate needs a name, such as relay.example.com"));
+        }
+        let is_name = |name: &String| {
+            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-.".contains(&byte);
+            !name.is_empty() && name.bytes().all(allowed) && name.parse::<std::net::IpAddr>().is_err()
+        };
+        match self.domains.iter().find(|name| !is_name(name)) {
+            // The challenge proves one host, so there are no wildcards.
+            Some(name) => Err(SettingsError::of("tls.acme.domains", format_args!("{name:?} is no name of a host"))),
+            None => Ok(()),
+        }
+    }
 }
 
 impl TlsSettings {
-    fn files(&self) -> Result<TlsFiles, SettingsError> {
+    fn files(&self, data: &Path) -> Result<Option<TlsFiles>, SettingsError> {
+        let asks = !self.acme.domains.is_empty();
         match (&self.cert, &self.key) {
-            (Some(cert), Some(key)) => Ok(TlsFiles { cert: cert.clone(), key: key.clone() }),
+            (None, None) => Ok(asks.then(|| AcmeFolder::in_data(data).files())),
+            _ if asks => {
+                Err(SettingsError::of("tls.acme", "with the files of a certificate, none is asked for: take one out"))
+            }
+            (Some(cert), Some(key)) => Ok(Some(TlsFiles {
+                cert: cert.clone(),
+                key: key.clone(),
+                may_come_later: false,
+                check_every: Duration::from_secs(30),
+            })),
             (None, _) => Err(SettingsError::of("tls.cert", "TLS needs the file of a certificate")),
             (_, None) => Err(SettingsError::of("tls.key", "TLS needs the file of the certificate's key")),
         }
@@ -221,17 +277,34 @@ fn read(
 }
 
 impl Settings {
-    /// Refuses what this version cannot do: better than leaving it out in silence.
+    /// The certificate of relay and TURN.
+    pub(crate) fn tls_files(&self) -> Result<Option<TlsFiles>, SettingsError> {
+        self.tls.files(&self.seed.data)
+    }
+
+    /// How a certificate is asked for.
+    pub(crate) fn acme(&self) -> Option<&AcmeSettings> {
+        Some(&self.tls.acme).filter(|acme| !acme.domains.is_empty())
+    }
+
+    /// The name under which apps reach the services, as far as it is known.
+    pub(crate) fn host(&self) -> Option<&str> {
+        self.acme()?.domains.first().map(String::as_str)
+    }
+
+    /// The address under which apps reach the relay, if it is set or follows from the certificate's name.
+    pub(crate) fn relay_url(&self) -> Option<String> {
+        let of_host = |host: &str| match self.relay.listen.port() {
+            443 => format!("wss://{host}"),
+            port => format!("wss://{host}:{port}"),
+        };
+        self.relay.public_url.clone().or_else(|| self.host().map(of_host))
+    }
+
+    /// Refuses what cannot be.
     fn check(&self) -> Result<(), SettingsError> {
-        let not_yet = |key: &str| Err(SettingsError::of(key, "this version of homeport cannot do that yet"));
-        if let Some(tls) = &self.tls
-            && tls.acme.is_none()
-        {
-            tls.files()?;
-        }
-        if self.tls.as_ref().is_some_and(|tls| tls.acme.is_some()) {
-            return not_yet("tls.acme");
-        }
+        self.tls_files()?;
+        self.tls.acme.check()?;
         if self.relay.admission == Admission::Rooms && self.seed.room.is_empty() {
             return Err(SettingsError::of("relay.admission", "\"rooms\" needs a [[seed.room]], or nobody is served"));
         }
@@ -267,6 +340,7 @@ impl Settings {
         };
         Ok(relay::Config {
             listen: self.relay.listen,
+            tls: self.tls_files()?,
             limits,
             rates,
             trusted_proxy_header: self.relay.trusted_proxy_header.clone(),
@@ -275,7 +349,7 @@ impl Settings {
                 max_bytes: self.relay.store_max_bytes,
             }),
             admission,
-            public_url: self.relay.public_url.clone(),
+            public_url: self.relay_url(),
             announces,
             dial_ledger: self.relay.dial_ledger,
             page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
@@ -383,6 +457,12 @@ mod tests {
             ("[[seed.room]]\nname = \"a\"\ncells = { bridge = \"two\" }", "bridge"),
             ("[[seed.room]]\nname = \"a\"\ncells = { size = 5 }", "cells.size"),
             ("[[seed.room]]\nname = \"a\"\ncells = 5", "cells"),
+            ("[tls]\ncert = \"x\"", "tls.key"),
+            ("[tls]\nacme = { email = \"a@b.example\" }", "tls.acme.domains"),
+            ("[tls]\nacme = { domains = [\"*.example.com\"] }", "tls.acme.domains"),
+            ("[tls]\nacme = { domains = [\"192.0.2.1\"] }", "tls.acme.domains"),
+            ("[tls]\nacme = { domain = \"a.example\" }", "domain"),
+            ("[tls]\ncert = \"x\"\nacme = { domains = [\"a.example\"] }", "tls.acme"),
             ("[seed]\nkeep = \"90 parsecs\"", "seed.keep"),
             ("[seed]\nrelays = [\"https://x\"]", "seed.relays"),
             ("[seeds]\ndata = \"x\"", "seed"),

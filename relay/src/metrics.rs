@@ -20,6 +20,8 @@ pub(crate) struct Metrics {
     pub(crate) held_back: IntCounter,
     pub(crate) replayed: IntCounter,
     pub(crate) present: IntGauge,
+    pub(crate) tls_handshakes: IntCounterVec,
+    pub(crate) certificate_expiry: IntGauge,
     pub(crate) verification_seconds: Histogram,
     dials: IntCounterVec,
     unwatched_dials: IntCounter,
@@ -75,6 +77,14 @@ impl Metrics {
                 "Announces of present peers that a new subscriber was given at once.",
             )?,
             present: IntGauge::new("homeport_relay_present_peers", "Peers that are present under a topic now.")?,
+            tls_handshakes: IntCounterVec::new(
+                Opts::new("homeport_relay_tls_handshakes_total", "TLS handshakes of clients, by how they went."),
+                &["result"],
+            )?,
+            certificate_expiry: IntGauge::new(
+                "homeport_relay_certificate_expiry_timestamp_seconds",
+                "When the certificate ends, in seconds since the Unix epoch; 0 without TLS.",
+            )?,
             verification_seconds: Histogram::with_opts(
                 HistogramOpts::new(
                     "homeport_relay_verification_seconds",
@@ -111,6 +121,8 @@ impl Metrics {
         registry.register(Box::new(metrics.held_back.clone()))?;
         registry.register(Box::new(metrics.replayed.clone()))?;
         registry.register(Box::new(metrics.present.clone()))?;
+        registry.register(Box::new(metrics.tls_handshakes.clone()))?;
+        registry.register(Box::new(metrics.certificate_expiry.clone()))?;
         registry.register(Box::new(metrics.verification_seconds.clone()))?;
         registry.register(Box::new(metrics.dials.clone()))?;
         registry.register(Box::new(metrics.unwatched_dials.clone()))?;
@@ -121,6 +133,9 @@ impl Metrics {
         }
         metrics.events.with_label_values(&["accepted", "ephemeral"]);
         metrics.drops.with_label_values(&["slow_client"]);
+        for result in ["ok", "failed"] {
+            metrics.tls_handshakes.with_label_values(&[result]);
+        }
         for limit in ["messages", "verifications", "connections"] {
             metrics.rate_limit_hits.with_label_values(&[limit]);
         }

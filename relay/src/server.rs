@@ -13,7 +13,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
-use service::{BindError, Health, Origin, Telemetry, listen};
+use service::{BindError, Certificate, Health, Origin, Telemetry, TlsError, TlsFiles, TlsListener, listen};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -86,6 +86,8 @@ impl Default for Limits {
 pub struct Config {
     /// Where to listen for WebSocket and HTTP.
     pub listen: SocketAddr,
+    /// The certificate for clients that begin with TLS; those that do not are served as well, on the same port.
+    pub tls: Option<TlsFiles>,
     /// What a client may ask.
     pub limits: Limits,
     /// What one client and one address may ask in a second.
@@ -137,6 +139,9 @@ pub enum StartError {
     /// The store of events cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The certificate cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The header is none.
     #[error("{0:?} is no name of a header (setting relay.trusted_proxy_header)")]
     Header(String),
@@ -168,6 +173,7 @@ impl Server {
         };
         let telemetry = Telemetry::default();
         let metrics = Metrics::register(&telemetry.registry)?;
+        let certificate = config.tls.map(Certificate::load).transpose()?;
         let listener = listen::tcp("relay.listen", config.listen)?;
         let address = listener.local_addr().unwrap_or(config.listen);
         let store = match &config.store {
@@ -202,13 +208,27 @@ impl Server {
             .merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
-        // A small message must not wait for the acknowledgement of the one before it.
-        let listener = listener.tap_io(|stream| {
-            if let Err(error) = stream.set_nodelay(true) {
-                tracing::debug!(%error, "a connection delays small messages");
-            }
-        });
-        let task = tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await });
+        let task = if let Some(certificate) = certificate {
+            let metrics = relay.metrics.clone();
+            let tls = certificate.server_config()?;
+            let listener = TlsListener::new(listener, tls, metrics.tls_handshakes.clone())
+                .map_err(|source| BindError { setting: "relay.listen", address, protocol: "TCP", source })?;
+            let health = telemetry.health.clone();
+            let renewing =
+                certificate.renew(health, "relay certificate", move |ends| metrics.certificate_expiry.set(ends));
+            tokio::spawn(stop.clone().run_until_cancelled_owned(renewing));
+            // Of a tapped listener, axum knows where clients come from.
+            let listener = listener.tap_io(|_| ());
+            tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await })
+        } else {
+            // A small message must not wait for the acknowledgement of the one before it.
+            let listener = listener.tap_io(|stream| {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::debug!(%error, "a connection delays small messages");
+                }
+            });
+            tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await })
+        };
         telemetry.health.set("relay", service::State::Ok);
         Ok(Self { address, relay, telemetry, stop, connections, task })
     }

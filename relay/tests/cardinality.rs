@@ -26,6 +26,7 @@ async fn ten_thousand_peers_and_topics_make_no_series() {
         public_url: None,
         announces: AnnounceEconomy::default(),
         dial_ledger: true,
+        tls: None,
         page: Page::default(),
         routes: axum::Router::new(),
     })

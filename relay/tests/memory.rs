@@ -47,6 +47,7 @@ async fn subscriptions_that_are_closed_give_their_memory_back() {
         public_url: None,
         announces: AnnounceEconomy::default(),
         dial_ledger: true,
+        tls: None,
         page: relay::Page::default(),
         routes: axum::Router::new(),
     })

@@ -31,6 +31,7 @@ fn config() -> Config {
         public_url: None,
         announces: AnnounceEconomy::default(),
         dial_ledger: true,
+        tls: None,
         page: relay::Page::default(),
         routes: axum::Router::new(),
     }

@@ -20,6 +20,7 @@ async fn start(admission: Admission, directory: &tempfile::TempDir) -> (Server, 
         public_url: None,
         announces: AnnounceEconomy::default(),
         dial_ledger: true,
+        tls: None,
         page: relay::Page::default(),
         routes: axum::Router::new(),
     })

@@ -1,12 +1,16 @@
-//! What every Homeport service needs: settings, sockets, metrics, health, and who a client is to limits.
+//! What every Homeport service needs: settings, sockets, TLS, metrics, health, and who a client is to limits.
 
 pub mod health;
 pub mod listen;
 pub mod metrics;
 pub mod origin;
 pub mod settings;
+pub mod tls;
+pub mod tls_listener;
 
 pub use health::{Health, State};
 pub use listen::BindError;
 pub use metrics::{MetricsServer, Telemetry};
 pub use origin::Origin;
+pub use tls::{Certificate, TlsError, TlsFiles};
+pub use tls_listener::TlsListener;

@@ -20,7 +20,6 @@ mod quotas;
 mod server;
 mod sockets;
 mod stream;
-mod tls;
 mod worker;
 
 pub use credentials::{Credentials, Minted, mint};
@@ -28,4 +27,3 @@ pub use external::{Addresses, ExternalIp, ExternalIpError, OwnAddress};
 pub use probe::{Echo, PROBE_NAME, Probe, ProbeError, ProbeTransport};
 pub use quotas::Quotas;
 pub use server::{Config, Limits, Server, StartError};
-pub use tls::{TlsError, TlsFiles};

@@ -208,12 +208,11 @@ impl Client {
             loop {
                 self.wire.send(request).await?;
                 let answer = self.wire.receive_answer(transaction);
-                match repeats {
-                    true => match timeout(REPEAT, answer).await {
-                        Ok(answer) => return answer,
-                        Err(_) => {}
-                    },
-                    false => return answer.await,
+                if !repeats {
+                    return answer.await;
+                }
+                if let Ok(answer) = timeout(REPEAT, answer).await {
+                    return answer;
                 }
             }
         };
@@ -274,19 +273,19 @@ impl Wire {
     /// The next message, whatever it is. May be given up at any time.
     async fn receive(&mut self) -> Result<Vec<u8>, ProbeError> {
         match self {
-            Self::Datagrams(socket) => loop {
+            Self::Datagrams(socket) => {
                 let mut buffer = vec![0; MAX_MESSAGE];
                 match socket.recv(&mut buffer).await {
                     Ok(length) => {
                         buffer.truncate(length);
-                        return Ok(buffer);
+                        Ok(buffer)
                     }
                     Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                        return Err(ProbeError::Unreachable(error));
+                        Err(ProbeError::Unreachable(error))
                     }
-                    Err(error) => return Err(error.into()),
+                    Err(error) => Err(error.into()),
                 }
-            },
+            }
             Self::Stream(stream, read) => loop {
                 match first_frame(read) {
                     Err(_) => return Err(ProbeError::NotTurn),

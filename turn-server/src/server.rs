@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use service::{BindError, State, Telemetry, listen};
+use service::{BindError, Certificate, State, Telemetry, TlsError, TlsFiles, listen};
 use tokio_util::sync::CancellationToken;
 
 use crate::bucket::Rate;
@@ -20,7 +20,6 @@ use crate::nonce::Nonces;
 use crate::peer_filter::PeerFilter;
 use crate::quotas::{Ledger, Quotas};
 use crate::sockets::{BindAddresses, Reservations, Sockets};
-use crate::tls::{Certificate, TlsError, TlsFiles};
 use crate::worker::{Command, Mailbox, Parts, Worker};
 
 /// How often the server's own addresses are looked up again.
@@ -41,8 +40,6 @@ pub struct Config {
     pub listen_tls: SocketAddr,
     /// The certificate; without it there is no TLS.
     pub tls: Option<TlsFiles>,
-    /// How often the files of the certificate are read again. Default 30 s.
-    pub certificate_check: Duration,
     /// The addresses of allocations.
     pub external_ips: Vec<ExternalIp>,
     /// The ports of allocations. Default 49152 to 65535.
@@ -215,13 +212,10 @@ impl Server {
         let watch = whereabouts.watch(addresses, mailboxes.clone(), metrics.clone());
         tokio::spawn(stop.clone().run_until_cancelled_owned(watch));
         if let Some(certificate) = certificate {
-            metrics.certificate_expiry.set(certificate.expiry().unwrap_or_default());
-            tokio::spawn(stop.clone().run_until_cancelled_owned(renew(
-                certificate,
-                config.certificate_check,
-                telemetry.clone(),
-                metrics,
-            )));
+            let health = telemetry.health.clone();
+            let renewing =
+                certificate.renew(health, "turn certificate", move |ends| metrics.certificate_expiry.set(ends));
+            tokio::spawn(stop.clone().run_until_cancelled_owned(renewing));
         }
         telemetry.health.set("turn", State::Ok);
         Ok(Self {
@@ -365,28 +359,6 @@ impl Whereabouts {
 
 fn bind_addresses(addresses: &Addresses) -> BindAddresses {
     BindAddresses { v4: addresses.v4.map(|own| own.bind), v6: addresses.v6.map(|own| own.bind) }
-}
-
-/// Takes new certificates, for ever.
-async fn renew(certificate: Arc<Certificate>, every: Duration, telemetry: Telemetry, metrics: Metrics) {
-    let mut interval = tokio::time::interval(every);
-    loop {
-        interval.tick().await;
-        match certificate.reload() {
-            Ok(changed) => {
-                telemetry.health.set("turn certificate", State::Ok);
-                if changed {
-                    tracing::info!("a new certificate for TURN over TLS");
-                    metrics.certificate_expiry.set(certificate.expiry().unwrap_or_default());
-                }
-            }
-            Err(error) => {
-                if telemetry.health.set("turn certificate", State::Degraded(error.to_string())) {
-                    tracing::warn!(%error, "the certificate of TURN stays as it was");
-                }
-            }
-        }
-    }
 }
 
 /// Says that the server is not well when its thread ends otherwise than it should, a panic included.

@@ -8,11 +8,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use service::TlsFiles;
 use support::{PASSWORD, REALM, USER, tls_config};
 use turn::auth::{AuthHandler, generate_auth_key};
 use turn::relay::relay_static::RelayAddressGeneratorStatic;
 use turn::server::config::{ConnConfig, ServerConfig};
-use turn_server::{Config, Credentials, Limits, PROBE_NAME, Probe, ProbeError, ProbeTransport, Server, TlsFiles, mint};
+use turn_server::{Config, Credentials, Limits, PROBE_NAME, Probe, ProbeError, ProbeTransport, Server, mint};
 use webrtc_util::vnet::net::Net;
 
 fn config() -> Config {
@@ -20,7 +21,6 @@ fn config() -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         listen_tls: "127.0.0.1:0".parse().unwrap(),
         tls: None,
-        certificate_check: Duration::from_secs(30),
         external_ips: vec!["127.0.0.1".parse().unwrap()],
         relay_ports: 49_152..=65_535,
         realm: REALM.into(),
@@ -51,7 +51,12 @@ fn outcomes(server: &Server) -> f64 {
 #[tokio::test]
 async fn a_packet_goes_there_and_back_over_every_transport_and_nothing_is_left() {
     let folder = tempfile::tempdir().unwrap();
-    let files = TlsFiles { cert: folder.path().join("cert.pem"), key: folder.path().join("key.pem") };
+    let files = TlsFiles {
+        cert: folder.path().join("cert.pem"),
+        key: folder.path().join("key.pem"),
+        may_come_later: false,
+        check_every: Duration::from_secs(30),
+    };
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     std::fs::write(&files.cert, made.cert.pem()).unwrap();
     std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();

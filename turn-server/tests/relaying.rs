@@ -23,7 +23,6 @@ fn config() -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         listen_tls: "127.0.0.1:0".parse().unwrap(),
         tls: None,
-        certificate_check: Duration::from_millis(20),
         external_ips: vec![ExternalIp::Address("127.0.0.1".parse().unwrap())],
         relay_ports: 49_152..=65_535,
         realm: "homeport".into(),

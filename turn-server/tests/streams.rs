@@ -9,9 +9,10 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use service::TlsFiles;
 use stun::attributes::{ATTR_EVEN_PORT, ATTR_REQUESTED_ADDRESS_FAMILY, ATTR_RESERVATION_TOKEN, AttrType, RawAttribute};
 use support::{CHANNEL_HEAD, Client, PASSWORD, REALM, Transport, USER, channel_data, tls_config};
-use turn_server::{Config, Credentials, ExternalIp, Limits, Quotas, Server, TlsFiles};
+use turn_server::{Config, Credentials, ExternalIp, Limits, Quotas, Server};
 
 /// Nothing that a test waits for takes nearly so long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -21,7 +22,6 @@ fn config() -> Config {
         listen: "[::]:0".parse().unwrap(),
         listen_tls: "[::]:0".parse().unwrap(),
         tls: None,
-        certificate_check: Duration::from_millis(20),
         external_ips: ["127.0.0.1", "::1"].map(|ip| ExternalIp::Address(ip.parse().unwrap())).into(),
         relay_ports: 49_152..=65_535,
         realm: REALM.into(),
@@ -44,7 +44,9 @@ fn local(port: u16) -> SocketAddr {
 
 /// Writes a new certificate, and returns it in DER.
 fn certificate(folder: &Path) -> (TlsFiles, Vec<u8>) {
-    let files = TlsFiles { cert: folder.join("cert.pem"), key: folder.join("key.pem") };
+    let check_every = Duration::from_millis(20);
+    let (cert, key) = (folder.join("cert.pem"), folder.join("key.pem"));
+    let files = TlsFiles { cert, key, may_come_later: false, check_every };
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
     std::fs::write(&files.cert, made.cert.pem()).unwrap();
     std::fs::write(&files.key, made.signing_key.serialize_pem()).unwrap();

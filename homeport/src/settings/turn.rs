@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
 use turn_server::{Credentials, ExternalIp, Quotas};
 
-use super::{OneOrMany, Settings, TlsSettings, everywhere};
+use super::{OneOrMany, Settings, everywhere};
 use crate::summary::TurnSummary;
 use crate::turn_credentials::CredentialRules;
 
@@ -117,8 +117,7 @@ impl Settings {
         Ok(turn_server::Config {
             listen: turn.listen,
             listen_tls: turn.listen_tls,
-            tls: self.tls.as_ref().map(TlsSettings::files).transpose()?,
-            certificate_check: Duration::from_secs(30),
+            tls: self.tls_files()?,
             external_ips: self.turn_external_ips()?,
             relay_ports: port_range(&turn.relay_ports)?,
             realm: turn.realm.clone(),
@@ -159,7 +158,7 @@ impl Settings {
         Ok(TurnSummary {
             external_ip: addresses.main(),
             port: self.turn.listen.port(),
-            tls_port: self.tls.as_ref().map(|_| self.turn.listen_tls.port()),
+            tls_port: self.tls_files()?.map(|_| self.turn.listen_tls.port()),
         })
     }
 

@@ -27,6 +27,7 @@ pub(crate) async fn relay_with(listen: SocketAddr, admission: relay::Admission) 
         public_url: None,
         announces: relay::AnnounceEconomy::default(),
         dial_ledger: true,
+        tls: None,
         page: relay::Page::default(),
         routes: axum::Router::new(),
     })

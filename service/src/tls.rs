@@ -1,7 +1,9 @@
-//! The certificate of TLS clients, read again when its files change.
+//! The certificate that clients see, read again when its files change.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use rustls::ServerConfig;
 use rustls::crypto::aws_lc_rs;
@@ -9,7 +11,10 @@ use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer as _;
+
+use crate::health::{Health, State};
 
 /// The files of a certificate, in PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,6 +23,10 @@ pub struct TlsFiles {
     pub cert: PathBuf,
     /// The private key.
     pub key: PathBuf,
+    /// Whether they may not be there yet, because something else is still to write them. Until then there is no TLS.
+    pub may_come_later: bool,
+    /// How often they are read again.
+    pub check_every: Duration,
 }
 
 /// A certificate cannot be used.
@@ -50,23 +59,35 @@ pub enum TlsError {
 
 /// The certificate in use.
 #[derive(Debug)]
-pub(crate) struct Certificate {
+pub struct Certificate {
     files: TlsFiles,
     /// What the files held when they were read last.
     read: Mutex<(Vec<u8>, Vec<u8>)>,
-    current: RwLock<Arc<CertifiedKey>>,
+    /// `None` while it is still to come.
+    current: RwLock<Option<Arc<CertifiedKey>>>,
 }
 
 impl Certificate {
-    pub(crate) fn load(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
-        let read = read(&files)?;
-        let key = parse(&files, &read)?;
-        Ok(Arc::new(Self { files, read: Mutex::new(read), current: RwLock::new(Arc::new(key)) }))
+    /// Reads the files.
+    ///
+    /// # Errors
+    /// [`TlsError`], unless the files are not there and may come later.
+    pub fn load(files: TlsFiles) -> Result<Arc<Self>, TlsError> {
+        let may_wait = files.may_come_later;
+        let certificate = Self { files, read: Mutex::default(), current: RwLock::default() };
+        match certificate.reload() {
+            Err(TlsError::Read { source, .. }) if may_wait && source.kind() == ErrorKind::NotFound => {}
+            read => drop(read?),
+        }
+        Ok(Arc::new(certificate))
     }
 
     /// Reads the files again. Returns whether there is a new certificate, from the next handshake on. While the files
     /// do not go together, such as between the writing of one and the other, the old one stays.
-    pub(crate) fn reload(&self) -> Result<bool, TlsError> {
+    ///
+    /// # Errors
+    /// [`TlsError`], when they cannot be read or used.
+    pub fn reload(&self) -> Result<bool, TlsError> {
         let read = read(&self.files)?;
         let mut known = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         if *known == read {
@@ -74,19 +95,48 @@ impl Certificate {
         }
         let key = parse(&self.files, &read)?;
         *known = read;
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(key));
         Ok(true)
     }
 
-    /// When the certificate ends, in seconds since the Unix epoch.
-    pub(crate) fn expiry(&self) -> Option<i64> {
-        let current = self.current.read().unwrap_or_else(PoisonError::into_inner);
-        let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(current.cert.first()?).ok()?;
-        Some(certificate.validity().not_after.timestamp())
+    /// When the certificate ends, in seconds since the Unix epoch; `None` while there is none.
+    pub fn expiry(&self) -> Option<i64> {
+        Some(validity(self.current()?.cert.first()?)?.1)
+    }
+
+    fn current(&self) -> Option<Arc<CertifiedKey>> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes new certificates as they come, for ever: says in `health` under `part` when the files cannot be used, and
+    /// calls `changed` with when the certificate ends, in seconds since the Unix epoch.
+    pub async fn renew(self: Arc<Self>, health: Health, part: &'static str, mut changed: impl FnMut(i64)) {
+        let mut interval = tokio::time::interval(self.files.check_every);
+        changed(self.expiry().unwrap_or_default());
+        loop {
+            interval.tick().await;
+            match self.reload() {
+                Ok(is_new) => {
+                    health.set(part, State::Ok);
+                    if is_new {
+                        tracing::info!(part, "a new certificate is in use");
+                        changed(self.expiry().unwrap_or_default());
+                    }
+                }
+                Err(error) => {
+                    if health.set(part, State::Degraded(error.to_string())) {
+                        tracing::warn!(part, %error, "the certificate stays as it was");
+                    }
+                }
+            }
+        }
     }
 
     /// A configuration for TLS 1.2 and 1.3 with this certificate.
-    pub(crate) fn server_config(self: &Arc<Self>) -> Result<Arc<ServerConfig>, TlsError> {
+    ///
+    /// # Errors
+    /// [`TlsError::Unusable`], when the library refuses.
+    pub fn server_config(self: &Arc<Self>) -> Result<Arc<ServerConfig>, TlsError> {
         let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
@@ -101,8 +151,41 @@ struct Current(Arc<Certificate>);
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(Arc::clone(&self.0.current.read().unwrap_or_else(PoisonError::into_inner)))
+        self.0.current()
     }
+}
+
+/// From when until when a certificate in DER is good, in seconds since the Unix epoch.
+pub fn validity(certificate: &[u8]) -> Option<(i64, i64)> {
+    let (_, certificate) = x509_parser::certificate::X509Certificate::from_der(certificate).ok()?;
+    let validity = certificate.validity();
+    Some((validity.not_before.timestamp(), validity.not_after.timestamp()))
+}
+
+/// Whether a certificate in DER is for a DNS name (RFC 6125): it stands there, or a wildcard for its first label does.
+pub fn is_for(certificate: &[u8], name: &str) -> bool {
+    let rest = name.split_once('.').map(|(_, rest)| format!("*.{rest}"));
+    names(certificate).iter().any(|one| one.eq_ignore_ascii_case(name) || Some(one.to_lowercase()) == rest)
+}
+
+/// The DNS names that a certificate in DER is for.
+pub fn names(certificate: &[u8]) -> Vec<String> {
+    let Ok((_, certificate)) = x509_parser::certificate::X509Certificate::from_der(certificate) else {
+        return Vec::new();
+    };
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let names = names.iter().flat_map(|names| &names.value.general_names);
+    names
+        .filter_map(|name| match name {
+            GeneralName::DNSName(name) => Some((*name).to_owned()),
+            _ => None,
+        })
+        .collect()
+}
+
+/// The first certificate in PEM, as DER.
+pub fn first_certificate(pem: &[u8]) -> Option<CertificateDer<'static>> {
+    CertificateDer::pem_slice_iter(pem).next()?.ok()
 }
 
 fn read(files: &TlsFiles) -> Result<(Vec<u8>, Vec<u8>), TlsError> {
@@ -137,13 +220,35 @@ mod tests {
     }
 
     fn current(certificate: &Certificate) -> Vec<u8> {
-        certificate.current.read().unwrap().cert[0].to_vec()
+        certificate.current().unwrap().cert[0].to_vec()
+    }
+
+    fn files(folder: &tempfile::TempDir) -> TlsFiles {
+        let file = |name| folder.path().join(name);
+        TlsFiles {
+            cert: file("cert.pem"),
+            key: file("key.pem"),
+            may_come_later: false,
+            check_every: Duration::from_secs(30),
+        }
+    }
+
+    #[test]
+    fn a_certificate_that_may_come_later_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = TlsFiles { may_come_later: true, ..files(&folder) };
+        let certificate = Certificate::load(files.clone()).unwrap();
+        assert_eq!(certificate.expiry(), None);
+        write(&files, "one.example");
+        assert!(certificate.reload().unwrap() && certificate.expiry().is_some());
+        std::fs::write(&files.cert, "rubbish").unwrap();
+        assert!(Certificate::load(files).is_err(), "what is there must be good");
     }
 
     #[test]
     fn new_files_are_taken_when_they_go_together_and_not_before() {
         let folder = tempfile::tempdir().unwrap();
-        let files = TlsFiles { cert: folder.path().join("cert.pem"), key: folder.path().join("key.pem") };
+        let files = files(&folder);
         assert!(matches!(Certificate::load(files.clone()), Err(TlsError::Read { setting: "tls.cert", .. })));
         write(&files, "one.example");
         let certificate = Certificate::load(files.clone()).unwrap();

@@ -1,0 +1,339 @@
+//! Certificates that are asked for and renewed by themselves: ACME (RFC 8555) with the challenge HTTP-01.
+//!
+//! What is got lies in files, which the services read again when they change: the relay and the TURN server share one
+//! certificate, also as separate processes on one `seed.data`, of which only one asks.
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use axum::Router;
+use axum::extract::{Path as UrlPath, State};
+use axum::http::{HeaderMap, StatusCode, Uri, header};
+use axum::response::{IntoResponse as _, Redirect, Response};
+use axum::routing::get;
+use instant_acme::{
+    Account, AuthorizationStatus, ChallengeType, Identifier, NewAccount, NewOrder, OrderStatus, RetryPolicy,
+};
+use service::{State as PartState, Telemetry, TlsFiles, listen};
+use tokio::task::JoinHandle;
+
+use crate::rooms::wall_ms;
+use crate::settings::AcmeSettings;
+
+/// The part of health that says how it goes.
+const PART: &str = "acme";
+/// How often it is looked whether a certificate is due, at least.
+const LOOK_INTERVAL: Duration = Duration::from_secs(3_600);
+/// How long to wait after a failure, and at most after several: certificate authorities limit failures by the hour.
+const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(4 * 3_600));
+/// How often it is looked whether another process still asks.
+const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
+/// How often services look for a new certificate.
+const CHECK_EVERY: Duration = Duration::from_secs(5);
+
+/// Where certificates lie that were asked for.
+#[derive(Debug, Clone)]
+pub(crate) struct AcmeFolder(PathBuf);
+
+impl AcmeFolder {
+    pub(crate) fn in_data(data: &Path) -> Self {
+        Self(data.join("acme"))
+    }
+
+    /// The certificate and its key, once they are there.
+    pub(crate) fn files(&self) -> TlsFiles {
+        let (cert, key) = (self.0.join("cert.pem"), self.0.join("key.pem"));
+        TlsFiles { cert, key, may_come_later: true, check_every: CHECK_EVERY }
+    }
+
+    fn account(&self) -> PathBuf {
+        self.0.join("account.json")
+    }
+}
+
+/// What to show to the authority: the key authorization of each token.
+#[derive(Debug, Clone, Default)]
+struct Challenges(Arc<RwLock<HashMap<String, String>>>);
+
+impl Challenges {
+    fn set(&self, shown: HashMap<String, String>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = shown;
+    }
+
+    fn get(&self, token: &str) -> Option<String> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(token).cloned()
+    }
+}
+
+/// Keeps a certificate in the folder until it is ended.
+pub(crate) struct Acme {
+    settings: AcmeSettings,
+    folder: AcmeFolder,
+    challenges: Challenges,
+    telemetry: Telemetry,
+}
+
+impl Acme {
+    /// Starts to answer the authority and to keep a certificate. The tasks run until they are aborted.
+    pub(crate) fn start(
+        settings: AcmeSettings,
+        folder: AcmeFolder,
+    ) -> anyhow::Result<(Telemetry, Vec<JoinHandle<()>>)> {
+        fs::create_dir_all(&folder.0).with_context(|| format!("cannot make {}", folder.0.display()))?;
+        let challenges = Challenges::default();
+        let listener = listen::tcp("tls.acme.listen", settings.listen)?;
+        let routes = Router::new()
+            .route("/.well-known/acme-challenge/{token}", get(show))
+            .fallback(to_https)
+            .with_state(challenges.clone());
+        let answering = tokio::spawn(async move {
+            if let Err(error) = axum::serve(listener, routes).await {
+                tracing::error!(%error, "the listener of tls.acme.listen has ended");
+            }
+        });
+        let telemetry = Telemetry::default();
+        telemetry.health.set(PART, PartState::Starting);
+        let acme = Self { settings, folder, challenges, telemetry: telemetry.clone() };
+        let keeping = tokio::spawn(async move { acme.keep().await });
+        Ok((telemetry, vec![answering, keeping]))
+    }
+
+    async fn keep(self) {
+        let Some(_lock) = self.lock().await else { return };
+        let mut retry = RETRY.0;
+        loop {
+            let left = self.time_left();
+            if !left.is_zero() {
+                self.telemetry.health.set(PART, PartState::Ok);
+                tokio::time::sleep(left.min(LOOK_INTERVAL)).await;
+                continue;
+            }
+            match self.obtain().await {
+                Ok(()) => {
+                    tracing::info!(domains = ?self.settings.domains, "a certificate was issued");
+                    retry = RETRY.0;
+                    // An authority whose certificates are due at once must not be asked again and again.
+                    tokio::time::sleep(CHECK_EVERY).await;
+                }
+                Err(error) => {
+                    let reason = format!("{error:#}");
+                    tracing::warn!(error = reason, "no certificate was issued; trying again in {retry:?}");
+                    self.telemetry.health.set(PART, PartState::Degraded(reason));
+                    tokio::time::sleep(retry).await;
+                    retry = (retry * 2).min(RETRY.1);
+                }
+            }
+            self.challenges.set(HashMap::new());
+        }
+    }
+
+    /// The lock of who asks; waits while that is another process. `None` when there can be none.
+    async fn lock(&self) -> Option<File> {
+        let file = File::create(self.folder.0.join("lock"))
+            .inspect_err(|error| {
+                tracing::error!(%error, "cannot write in the folder of certificates");
+                self.telemetry.health.set(PART, PartState::Degraded(error.to_string()));
+            })
+            .ok()?;
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Some(file),
+                Err(TryLockError::WouldBlock) => {
+                    // The other one says how it goes.
+                    self.telemetry.health.set(PART, PartState::Ok);
+                    tokio::time::sleep(OTHERS_INTERVAL).await;
+                }
+                Err(TryLockError::Error(error)) => {
+                    tracing::error!(%error, "cannot lock the folder of certificates");
+                    self.telemetry.health.set(PART, PartState::Degraded(error.to_string()));
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// How long until the certificate is to be renewed: when a third of its time is left. Zero when there is none, or
+    /// one for other names.
+    fn time_left(&self) -> Duration {
+        let left = || {
+            let pem = fs::read(self.folder.files().cert).ok()?;
+            let certificate = service::tls::first_certificate(&pem)?;
+            if !self.settings.domains.iter().all(|domain| service::tls::is_for(&certificate, domain)) {
+                return None;
+            }
+            let (from, until) = service::tls::validity(&certificate)?;
+            let due = until - (until - from) / 3;
+            let now = i64::try_from(wall_ms() / 1_000).ok()?;
+            u64::try_from(due - now).ok()
+        };
+        Duration::from_secs(left().unwrap_or(0))
+    }
+
+    async fn obtain(&self) -> anyhow::Result<()> {
+        let account = self.account().await.context("the account with the certificate authority")?;
+        let identifiers: Vec<Identifier> = self.settings.domains.iter().cloned().map(Identifier::Dns).collect();
+        let mut order = account.new_order(&NewOrder::new(&identifiers)).await?;
+        let mut authorizations = order.authorizations();
+        while let Some(authorization) = authorizations.next().await {
+            let mut authorization = authorization?;
+            if authorization.status == AuthorizationStatus::Valid {
+                continue;
+            }
+            let Some(mut challenge) = authorization.challenge(ChallengeType::Http01) else {
+                bail!("the certificate authority does not offer the challenge HTTP-01");
+            };
+            let (token, shown) = (challenge.token.clone(), challenge.key_authorization().as_str().to_owned());
+            self.challenges.0.write().unwrap_or_else(PoisonError::into_inner).insert(token, shown);
+            challenge.set_ready().await?;
+        }
+        let status = order.poll_ready(&RetryPolicy::default()).await?;
+        if status != OrderStatus::Ready {
+            bail!(
+                "{}: is {} reachable from the internet at port 80 under each of the domains?",
+                self.refusal(&mut order).await,
+                self.settings.listen
+            );
+        }
+        let key = order.finalize().await?;
+        let chain = order.poll_certificate(&RetryPolicy::default()).await?;
+        let TlsFiles { cert, key: key_file, .. } = self.folder.files();
+        // Until both are there, services keep the old ones.
+        write_privately(&key_file, key.as_bytes())?;
+        write_privately(&cert, chain.as_bytes())
+    }
+
+    /// Why the authority is not convinced, in its own words.
+    async fn refusal(&self, order: &mut instant_acme::Order) -> String {
+        let mut authorizations = order.authorizations();
+        while let Some(Ok(mut authorization)) = authorizations.next().await {
+            if let Ok(state) = authorization.refresh().await
+                && let Some(problem) = state.challenges.iter().find_map(|challenge| challenge.error.as_ref())
+            {
+                return format!("the certificate authority says: {problem}");
+            }
+        }
+        "the certificate authority is not convinced".to_owned()
+    }
+
+    /// The account that was made before with this authority, or a new one.
+    async fn account(&self) -> anyhow::Result<Account> {
+        let builder = || match &self.settings.ca {
+            Some(root) => Account::builder_with_root(root),
+            None => Account::builder(),
+        };
+        let file = self.folder.account();
+        if let Ok(text) = fs::read_to_string(&file) {
+            let kept: KeptAccount =
+                serde_json::from_str(&text).with_context(|| format!("{} holds no account", file.display()))?;
+            if kept.directory == self.settings.directory {
+                return Ok(builder()?.from_credentials(kept.credentials).await?);
+            }
+        }
+        let contact: Vec<String> = self.settings.email.iter().map(|email| format!("mailto:{email}")).collect();
+        let contact: Vec<&str> = contact.iter().map(String::as_str).collect();
+        let new = NewAccount { contact: &contact, terms_of_service_agreed: true, only_return_existing: false };
+        let (account, credentials) = builder()?.create(&new, self.settings.directory.clone(), None).await?;
+        let kept = KeptAccount { directory: self.settings.directory.clone(), credentials };
+        write_privately(&file, serde_json::to_string(&kept)?.as_bytes())?;
+        Ok(account)
+    }
+}
+
+/// An account as it lies on disk, its key included.
+#[derive(serde::Serialize, serde::Deserialize)]
+struct KeptAccount {
+    directory: String,
+    credentials: instant_acme::AccountCredentials,
+}
+
+/// Writes a file that nobody else may read, whole or not at all.
+fn write_privately(file: &Path, content: &[u8]) -> anyhow::Result<()> {
+    let write = || {
+        let new = file.with_extension("new");
+        // One that is left of a failure may belong to somebody else's eyes.
+        match fs::remove_file(&new) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+        open.write_all(content)?;
+        open.sync_all()?;
+        fs::rename(&new, file)
+    };
+    write().with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// `/.well-known/acme-challenge/…` (RFC 8555, section 8.3).
+async fn show(State(challenges): State<Challenges>, UrlPath(token): UrlPath<String>) -> Response {
+    match challenges.get(&token) {
+        Some(authorization) => ([(header::CONTENT_TYPE, "application/octet-stream")], authorization).into_response(),
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+/// Everything else is served with TLS.
+async fn to_https(headers: HeaderMap, uri: Uri) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.and_then(|host| host.split(':').next()).filter(|host| crate::client_config::is_host(host));
+    match (host, uri.path_and_query()) {
+        (Some(host), Some(path)) => Redirect::permanent(&format!("https://{host}{path}")).into_response(),
+        _ => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn acme(folder: &Path, domains: &[&str]) -> Acme {
+        Acme {
+            settings: AcmeSettings {
+                domains: domains.iter().map(|domain| (*domain).to_owned()).collect(),
+                ..AcmeSettings::default()
+            },
+            folder: AcmeFolder(folder.to_owned()),
+            challenges: Challenges::default(),
+            telemetry: Telemetry::default(),
+        }
+    }
+
+    #[test]
+    fn a_certificate_is_due_when_a_third_of_its_time_is_left_or_a_name_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let keeper = acme(folder.path(), &["a.example", "b.example"]);
+        assert_eq!(keeper.time_left(), Duration::ZERO, "there is none");
+        let now = i64::try_from(wall_ms() / 1_000).unwrap();
+        for (from, until, names, expected) in [
+            (-10, 90 * 86_400, &["a.example", "b.example"][..], 60 * 86_400 - 10),
+            (-70 * 86_400, 20 * 86_400, &["a.example", "b.example"], 0),
+            (-10, 90 * 86_400, &["a.example"], 0),
+            (-20, -10, &["a.example", "b.example"], 0),
+        ] {
+            let mut params =
+                rcgen::CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap();
+            let at = |seconds| time::OffsetDateTime::from_unix_timestamp(now + seconds).unwrap();
+            (params.not_before, params.not_after) = (at(from), at(until));
+            let made = params.self_signed(&rcgen::KeyPair::generate().unwrap()).unwrap();
+            std::fs::write(keeper.folder.files().cert, made.pem()).unwrap();
+            let left = i64::try_from(keeper.time_left().as_secs()).unwrap();
+            assert!((left - expected).abs() < 20, "{left} {expected}");
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_for_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("key.pem");
+        write_privately(&file, b"one").unwrap();
+        write_privately(&file, b"two").unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"two");
+        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+}
