@@ -28,7 +28,8 @@ async function check(name, prepare = async () => {}) {
   await page.goto(`${homeport.httpUrl}/check`);
   await until(page, 'the end of the check', () => !document.getElementById('again').disabled, undefined, 90_000);
   const steps = Object.fromEntries(await page.$$eval('#steps li', list => list.map(({ dataset }) => [dataset.name, dataset.state])));
-  const said = { steps, verdict: await page.textContent('#verdict'), advice: await page.$$eval('#advice li', list => list.map(({ textContent }) => textContent)) };
+  const seed = await page.$eval('#steps li[data-name="Seed peer"] .soft', line => line.textContent);
+  const said = { steps, seed, verdict: await page.textContent('#verdict'), advice: await page.$$eval('#advice li', list => list.map(({ textContent }) => textContent)) };
   await page.click('#share');
   await until(page, 'the report', () => document.getElementById('share')?.textContent === 'Copied' || document.querySelector('pre') !== null);
   said.report = await page.evaluate(async () => document.querySelector('pre')?.textContent ?? navigator.clipboard.readText());
@@ -44,12 +45,13 @@ const told = change => page => page.route('**/client-config.json', async route =
   await route.fulfill({ response: answer, json: change(await answer.json()) });
 });
 
-const all = { 'This server': 'works', Relay: 'works', 'A message': 'works', STUN: 'works', 'TURN over UDP': 'works', 'TURN over TCP': 'works', 'TURN over TLS': 'skipped' };
+const all = { 'This server': 'works', Relay: 'works', 'A message': 'works', STUN: 'works', 'Seed peer': 'works', 'TURN over UDP': 'works', 'TURN over TCP': 'works', 'TURN over TLS': 'skipped' };
 
 test('with everything up, everything works', async () => {
-  const { steps, verdict, advice, report } = await check('everything');
+  const { steps, seed, verdict, advice, report } = await check('everything');
   assert.deepEqual(steps, all);
   assert.equal(verdict, 'Everything works from here.');
+  assert.match(seed, /^Open after \d+ ms\. Nothing on the way translates addresses\.$/);
   assert.deepEqual(advice, []);
   assert.match(report, /TURN over UDP: works\nTURN over TCP: works\nTURN over TLS: not offered/);
 });
@@ -79,4 +81,38 @@ test('a relay that is out of reach is named, and what to ask for', async () => {
   assert.equal(gone.steps.Relay, 'fails');
   assert.equal(gone.steps['A message'], undefined, 'there is no message without a relay');
   assert.ok(gone.advice.some(text => text.startsWith('Apps cannot meet anybody from here')));
+});
+
+test('a seed peer that does not answer is named', async () => {
+  const { steps, advice } = await check('seed-gone', page => page.route('**/check/link', route =>
+    route.fulfill({ status: 502, json: { reason: 'no seed peer answers there' } })));
+  assert.deepEqual(steps, { ...all, 'Seed peer': 'fails' });
+  assert.ok(advice.some(text => text.startsWith('The seed peer is out of reach')));
+});
+
+test('the services try themselves out', async () => {
+  const deadline = Date.now() + 30_000;
+  const tries = ['homeport_relay_probe_success', 'homeport_seed_probe_success', 'homeport_turn_probe_success'];
+  for (;;) {
+    const found = await Promise.all(tries.map(name => homeport.metric(name)));
+    // TURN over UDP and over TCP.
+    if (found.join() === '1,1,2') break;
+    if (Date.now() > deadline) assert.fail(`${tries} are ${found}`);
+    await new Promise(done => setTimeout(done, 100));
+  }
+  // None of that, nor of the checks above but their TURN, is anybody's success.
+  assert.equal(await homeport.metric('homeport_seed_link_outcomes_total'), 0);
+  assert.equal(await homeport.metric('homeport_relay_dials_total'), 0);
+});
+
+test('who asks for links again and again is told to wait', async () => {
+  const ask = () => fetch(`${homeport.httpUrl}/check/link`, {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify({ sdp: 'v=0' }),
+  });
+  const statuses = await Promise.all(Array.from({ length: 30 }, async () => (await ask()).status));
+  assert.ok(statuses.includes(429), `${statuses}`);
+  const long = await fetch(`${homeport.httpUrl}/check/link`, {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify({ sdp: 'x'.repeat(20_000) }),
+  });
+  assert.equal(long.status, 413);
 });

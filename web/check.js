@@ -148,6 +148,50 @@ async function turn(servers, url) {
   }
 }
 
+/** A link with the seed peer, and what that says of the way there. */
+async function seed(servers) {
+  const urls = servers.flatMap(server => server.urls).filter(url => url.startsWith('stun:'));
+  const connection = new RTCPeerConnection({ iceServers: urls.length > 0 ? [{ urls }] : [] });
+  try {
+    const channel = connection.createDataChannel('data');
+    const gathered = new Promise(done => { connection.onicecandidate = ({ candidate }) => candidate ?? done(); });
+    await connection.setLocalDescription();
+    // A server that does not answer keeps a browser waiting for long.
+    await Promise.race([gathered, new Promise(done => { setTimeout(done, 2_000); })]);
+    const response = await fetch('/check/link', {
+      method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify({ sdp: connection.localDescription.sdp }),
+    });
+    const { sdp, reason } = await response.json();
+    if (response.status === 404) return { skipped: true, text: 'This server has no seed peer.' };
+    if (!response.ok) throw new Error(`The server says: ${reason}.`);
+    const start = performance.now();
+    await new Promise((done, fail) => {
+      channel.onopen = done;
+      connection.onconnectionstatechange = () => {
+        if (connection.connectionState === 'failed') fail(new Error('No packet comes through to the seed peer: this network may block UDP.'));
+      };
+      connection.setRemoteDescription({ type: 'answer', sdp }).catch(fail);
+    });
+    return { text: `Open after ${ms(start)}. ${await nat(connection)}` };
+  } finally {
+    connection.close();
+  }
+}
+
+/**
+ * What kind of NAT is on the way. The seed's port says how it sees this page, as STUN has said before at another port: as it
+ * sees itself, as STUN saw it, or under an address made up for this very way.
+ */
+async function nat(connection) {
+  const stats = await connection.getStats();
+  const pair = [...stats.values()].find(one => one.type === 'candidate-pair' && one.nominated && one.state === 'succeeded');
+  return {
+    host: 'Nothing on the way translates addresses.',
+    srflx: 'Your network translates addresses (NAT) and keeps one for all whom you talk to: direct connections mostly work.',
+    prflx: 'Your network translates addresses (NAT) anew for everybody you talk to (symmetric): direct connections are rare, and TURN is needed.',
+  }[stats.get(pair?.localCandidateId)?.candidateType] ?? '';
+}
+
 async function run() {
   found.length = 0;
   $('steps').replaceChildren();
@@ -167,6 +211,7 @@ async function run() {
     await step('A message', 'To the relay and back', () => echo(url));
   }
   await step('STUN', 'Finding out how others see you', () => stun(servers));
+  await step('Seed peer', 'It keeps the data when everybody is gone', () => seed(servers));
   await step('TURN over UDP', 'The usual way around a NAT', () => turn(servers, offered(address => /^turn:.*(transport=udp|:\d+$)/.test(address))));
   await step('TURN over TCP', 'For networks that block UDP', () => turn(servers, offered(address => /^turn:.*transport=tcp/.test(address))));
   await step('TURN over TLS', 'For networks that let little but the web through', () => turn(servers, offered(address => address.startsWith('turns:'))));
@@ -176,6 +221,7 @@ async function run() {
   const advice = [];
   if (failed('This server') || failed('Relay')) advice.push('Apps cannot meet anybody from here. Ask whoever runs this network to let WebSockets to this server through, or tell whoever runs the server that its relay is out of reach.');
   if (failed('A message')) advice.push('The relay takes connections but not messages: tell whoever runs the server.');
+  if (failed('Seed peer')) advice.push('The seed peer is out of reach from here: what you write waits until another person is online. Ask whoever runs this network to let UDP through, or tell whoever runs the server.');
   const ways = ['TURN over UDP', 'TURN over TCP', 'TURN over TLS'];
   if (ways.every(name => !works(name))) advice.push('Nothing goes through the TURN server. Calls and data work only with people whom you reach directly. Tell whoever runs the server.');
   else if (failed('TURN over UDP')) advice.push('UDP is blocked here, but another way works: connections will be slower, not broken. Ask whoever runs this network to let UDP through.');

@@ -164,6 +164,7 @@ async fn fill(data: &Path, args: &Args, identity: Option<Arc<Identity>>) -> anyh
         message_bytes: 64 << 20,
         operations_per_second: 0,
         max_links: 16,
+        check_room: None,
         backup: None,
     })?;
     let start = Instant::now();

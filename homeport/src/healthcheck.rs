@@ -1,11 +1,12 @@
 //! `homeport healthcheck`: asks `/healthz` of the process that `metrics.listen` names.
 
 use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use crate::run::own_address;
 use crate::settings;
 
 /// How long the process may take to answer.
@@ -37,14 +38,4 @@ fn ask(config: Option<&Path>) -> anyhow::Result<String> {
         Some((head, body)) if head.starts_with("HTTP/1.1 200 ") => Ok(body.to_owned()),
         _ => anyhow::bail!("{address} does not answer as homeport does"),
     }
-}
-
-/// An address of this machine that a socket listening on `listen` takes connections on.
-fn own_address(listen: SocketAddr) -> SocketAddr {
-    let ip = match listen.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, listen.port())
 }

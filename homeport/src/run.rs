@@ -1,16 +1,21 @@
 //! Starts services, waits for a signal, and ends them in order.
 
 use std::io::{IsTerminal as _, Write as _};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use seed_peer::{CheckRoom, RelayKey};
 use service::{MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
+use turn_server::ProbeTransport;
 
 use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
+use crate::link_checks::Checks;
+use crate::probe::meeting::MeetingPlace;
+use crate::probe::{self, Tries, TurnLogin, TurnTries};
 use crate::reports::Reports;
 use crate::settings::{OneOrMany, Settings};
 use crate::status::Status;
@@ -83,7 +88,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         None
     };
     let relay_key = settings.relay_key()?;
-    let own_seed = services.seed.then_some(&relay_key);
+    let probe_key = RelayKey::generate();
+    let own_keys: Vec<&RelayKey> = services.seed.then_some(&relay_key).into_iter().chain([&probe_key]).collect();
     let relay = if services.relay {
         let mut routes = client_config(&settings, summary.turn).await?.routes();
         if settings.relay.reports {
@@ -92,8 +98,10 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             status.add(None, reported.clone());
             telemetry.push(reported);
         }
-        let server = relay::Server::bind(settings.relay(routes.merge(Arc::clone(&status).routes()), own_seed)?).await?;
+        let server =
+            relay::Server::bind(settings.relay(routes.merge(Arc::clone(&status).routes()), &own_keys)?).await?;
         summary.relay = Some((server.address(), settings.relay_url()));
+        server.served_rooms().set(&settings.check_room(), true);
         status.add(Some("relay"), server.telemetry().clone());
         telemetry.push(server.telemetry().clone());
         Some(server)
@@ -125,6 +133,36 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             .inspect_err(|error| tracing::warn!(%error, "no admin socket in seed.data: homeport rooms cannot be used"))
             .ok()
     });
+    let first_relay = settings.seed.relays.first().cloned();
+    let place = |url| -> anyhow::Result<MeetingPlace> {
+        Ok(MeetingPlace {
+            url,
+            tls: seed_peer::relay_tls()?,
+            key: probe_key.clone(),
+            room: CheckRoom::new(&settings.check_room()),
+            patience: probe::PATIENCE,
+        })
+    };
+    let own_relay = relay.as_ref().map(|relay| place(own_url(relay.address()))).transpose()?;
+    if let Some(place) = &own_relay {
+        // The seed of another process may be there as well.
+        status.set_checks(Checks::new(place.clone(), services.seed, settings.proxy_header()?));
+    }
+    let probing = if settings.metrics.probe {
+        let met = own_relay.clone().map_or_else(|| first_relay.map(place).transpose(), |place| Ok(Some(place)))?;
+        let tries = Tries {
+            relay: own_relay,
+            seed: seed.as_ref().and_then(|seed| Some((met?, seed.address()))),
+            turn: turn.as_ref().and_then(|turn| turn_tries(&settings, turn)),
+        };
+        let (tried, task) = probe::start(tries)?;
+        status.add(Some("tries from inside"), tried.clone());
+        // What is tried does not decide whether the services are ready.
+        telemetry.push(Telemetry { registry: tried.registry, ..Telemetry::default() });
+        Some(task)
+    } else {
+        None
+    };
     let metrics = MetricsServer::bind(settings.metrics.listen, telemetry)?;
     summary.metrics = Some(metrics.address());
     let mut out = std::io::stdout();
@@ -144,7 +182,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
     watching.abort();
-    asking.iter().for_each(tokio::task::JoinHandle::abort);
+    probing.iter().chain(&asking).for_each(tokio::task::JoinHandle::abort);
     let stopping = async {
         if let Some(admin) = admin {
             admin.close();
@@ -195,13 +233,35 @@ async fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> an
     Ok(ClientConfig { relay_url: settings.relay_url(), relay_listen: settings.relay.listen, tls, turn })
 }
 
-/// The address under which this process reaches its own relay.
-fn own_url(listen: SocketAddr) -> String {
-    let ip = match listen {
-        SocketAddr::V4(v4) if v4.ip().is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        // A socket for all of IPv6 takes IPv4 as well, and IPv4 is everywhere.
-        SocketAddr::V6(v6) if *v6.ip() == Ipv6Addr::UNSPECIFIED => Ipv4Addr::LOCALHOST.into(),
-        other => other.ip(),
+/// How to try the TURN server of this process.
+fn turn_tries(settings: &Settings, server: &turn_server::Server) -> Option<TurnTries> {
+    let credentials = settings.turn_credentials();
+    let login = match credentials.secrets.into_iter().next() {
+        Some(secret) => TurnLogin::Secret(secret),
+        None => {
+            let (name, password) = credentials.users.into_iter().next()?;
+            TurnLogin::User(name, password)
+        }
     };
-    format!("ws://{}/", SocketAddr::new(ip, listen.port()))
+    let plain = own_address(server.address());
+    let mut transports =
+        vec![("turn over udp", plain, ProbeTransport::Udp), ("turn over tcp", plain, ProbeTransport::Tcp)];
+    if let Some(address) = server.tls_address() {
+        let name = settings.host().unwrap_or("localhost").to_owned();
+        let transport = ProbeTransport::Tls(probe::any_certificate(), name.try_into().ok()?);
+        transports.push(("turn over tls", own_address(address), transport));
+    }
+    Some(TurnTries { credentials: login, transports })
+}
+
+/// The address under which this process reaches its own relay.
+pub(crate) fn own_url(listen: SocketAddr) -> String {
+    format!("ws://{}/", own_address(listen))
+}
+
+/// An address of this machine that a socket listening on `listen` takes connections on.
+pub(crate) fn own_address(listen: SocketAddr) -> SocketAddr {
+    // A socket for all of IPv6 takes IPv4 as well, and IPv4 is everywhere.
+    let ip = if listen.ip().is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { listen.ip() };
+    SocketAddr::new(ip, listen.port())
 }

@@ -13,6 +13,7 @@ use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
 use service::TlsFiles;
 use service::settings::SettingsError;
+use sha2::{Digest as _, Sha256};
 
 use crate::acme::AcmeFolder;
 use crate::status;
@@ -128,6 +129,8 @@ impl OneOrMany {
 pub(crate) struct MetricsSettings {
     /// Where to listen for `/metrics`, `/healthz` and `/readyz`.
     pub(crate) listen: SocketAddr,
+    /// Whether each service of the process is tried out once a minute, as a client would.
+    pub(crate) probe: bool,
 }
 
 /// `[tls]`
@@ -244,7 +247,7 @@ impl Default for RelaySettings {
 
 impl Default for MetricsSettings {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)), probe: true }
     }
 }
 
@@ -311,14 +314,17 @@ impl Settings {
         self.seed.check()
     }
 
-    /// The relay's configuration; `routes` are pages besides its own, `seed` is the key of the seed in this process.
-    pub(crate) fn relay(&self, routes: axum::Router, seed: Option<&RelayKey>) -> Result<relay::Config, SettingsError> {
+    /// The relay's configuration; `routes` are pages besides its own, `own` are the keys of who asks it from this
+    /// process.
+    pub(crate) fn relay(&self, routes: axum::Router, own: &[&RelayKey]) -> Result<relay::Config, SettingsError> {
         let admission = match self.relay.admission {
             Admission::Open => relay::Admission::Open,
             Admission::Rooms => relay::Admission::Rooms(self.seed.room.iter().map(|room| room.name.clone()).collect()),
             Admission::Auth => {
                 let listed = self.relay.allowed_pubkeys.iter().map(|text| public_key(text));
-                relay::Admission::Auth(listed.chain(seed.map(|key| Ok(key.public_key()))).collect::<Result<_, _>>()?)
+                relay::Admission::Auth(
+                    listed.chain(own.iter().map(|key| Ok(key.public_key()))).collect::<Result<_, _>>()?,
+                )
             }
         };
         let limits = relay::Limits {
@@ -355,6 +361,19 @@ impl Settings {
             page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
             routes,
         })
+    }
+
+    /// The name of the room in which links with the seed are tried. Who knows it sees the addresses of who tries, so it
+    /// follows from what only these settings hold; the processes of one Homeport find the same.
+    pub(crate) fn check_room(&self) -> String {
+        let mut hash = Sha256::new_with_prefix("homeport check room");
+        let secrets = self.turn_credentials().secrets;
+        let rooms = self.seed.room.iter().map(|room| room.name.as_str());
+        for part in secrets.first().map(String::as_str).into_iter().chain(rooms) {
+            hash.update([0]);
+            hash.update(part);
+        }
+        format!("homeport-check-{}", &hex::encode(hash.finalize())[..32])
     }
 
     /// The key that the seed signs its events to relays with: the one that is set, or a new one.
@@ -471,7 +490,7 @@ mod tests {
                 Ok(settings) => settings
                     .turn()
                     .and_then(|_| settings.relay_key())
-                    .and_then(|key| settings.relay(axum::Router::new(), Some(&key)))
+                    .and_then(|key| settings.relay(axum::Router::new(), &[&key]))
                     .map(|_| ())
                     .map_err(|error| error.to_string()),
                 Err(error) => Err(error),

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use service::{State as PartState, Telemetry};
 use tokio::task::JoinHandle;
 
+use crate::link_checks::{Checks, check_link};
 use crate::turn_credentials::same;
 
 /// The page itself, which the relay serves at its root.
@@ -61,6 +62,8 @@ pub(crate) struct Status {
     /// By name; without one, only its numbers count.
     services: Mutex<Vec<(Option<&'static str>, Telemetry)>>,
     rooms: OnceLock<Rooms>,
+    /// Where a page may ask for a link with the seed.
+    checks: OnceLock<Checks>,
     /// The numbers of this very second: however often somebody asks, they are gathered once.
     latest: Mutex<Option<(Instant, Sample)>>,
     samples: Mutex<VecDeque<Sample>>,
@@ -84,6 +87,12 @@ impl Status {
     pub(crate) fn set_rooms(&self, rooms: Rooms) {
         // There is one seed.
         let _ = self.rooms.set(rooms);
+    }
+
+    /// Pages may ask for a link with the seed there.
+    pub(crate) fn set_checks(&self, checks: Checks) {
+        // There is one place.
+        let _ = self.checks.set(checks);
     }
 
     /// Remembers numbers until the task is ended.
@@ -112,10 +121,15 @@ impl Status {
             .route("/status.json", get(document))
             .route("/check", get(check_page))
             .route("/check/event", get(check_event))
+            .route("/check/link", post(check_link))
             .route("/check.js", file("text/javascript; charset=utf-8", include_str!("../../web/check.js")))
             .route("/status.js", file("text/javascript; charset=utf-8", include_str!("../../web/status.js")))
             .route("/status.css", file("text/css; charset=utf-8", include_str!("../../web/status.css")))
             .with_state(self)
+    }
+
+    pub(crate) fn checks(&self) -> Option<&Checks> {
+        self.checks.get()
     }
 
     fn sample(&self) -> Sample {

@@ -5,8 +5,10 @@ mod addresses;
 mod archive;
 mod backup;
 mod cells;
+mod check;
 mod history;
 mod link;
+mod link_probe;
 mod links;
 mod mesh;
 mod metrics;
@@ -26,11 +28,13 @@ pub use backup::{
     Restored, S3Settings, TargetError,
 };
 pub use cells::{Bridge, CellsConfig};
+pub use check::CheckRoom;
 pub use history::{
     Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,
     RoomIntegrity, Verification, check_archive, diff, restoration,
 };
+pub use link_probe::{LinkProbe, LinkProbeError};
 pub use relay_key::{RelayKey, RelayKeyError};
 pub use rooms::{CellStatus, RoomError, RoomStatus, Rooms, Source};
 pub use security::Security;
-pub use server::{Config, RoomConfig, Server, StartError};
+pub use server::{Config, RoomConfig, Server, StartError, relay_tls};

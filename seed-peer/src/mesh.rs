@@ -1,5 +1,6 @@
 //! The one task that moves everything between relays, links and archive.
 
+mod checks;
 mod databases;
 mod linking;
 mod messages;
@@ -17,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
 use crate::archive::{Archive, Reply};
+use crate::check::CheckRoom;
 use crate::link::{CloseReason, LinkOutput, Refused, Step};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
@@ -72,6 +74,8 @@ pub(crate) struct Mesh {
     pub(crate) identity: Option<Arc<Identity>>,
     pub(crate) max_links: usize,
     pub(crate) operations_per_second: u32,
+    /// Where links are tried.
+    pub(crate) check_room: Option<CheckRoom>,
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
     pub(crate) metrics: Metrics,
@@ -88,6 +92,8 @@ pub(crate) struct State {
     /// When each room is to be looked at.
     deadlines: BTreeSet<(Instant, RoomId)>,
     owners: HashMap<LinkId, Owner>,
+    /// Links that are tried, and until when.
+    checks: Vec<(LinkId, Instant)>,
     seen: HashSet<String>,
     seen_order: VecDeque<String>,
     events: Vec<(LinkId, LinkOutput)>,
@@ -133,12 +139,13 @@ impl Mesh {
 
     fn next_wake(&self, now: Instant) -> Instant {
         let room = self.state.deadlines.first().map(|(at, _)| *at);
-        let wake = room.into_iter().chain(self.links.next_deadline()).min();
+        let wake = room.into_iter().chain(self.links.next_deadline()).chain(self.next_check_end()).min();
         wake.unwrap_or(now + Duration::from_secs(1)).min(now + Duration::from_secs(3600))
     }
 
     fn handle_time(&mut self, now: Instant) {
         self.links.handle_timeouts(now, &mut self.state.events);
+        self.end_checks(now);
         self.handle_events(now);
         while let Some(&(at, room)) = self.state.deadlines.first()
             && at <= now
@@ -297,6 +304,11 @@ impl Mesh {
                     self.schedule(listener.room, now);
                 }
             }
+            Heard::Check { relay, event_id, content } => {
+                if !self.is_known_event(event_id) {
+                    self.handle_check(now, relay, &content);
+                }
+            }
         }
     }
 
@@ -421,6 +433,9 @@ impl Mesh {
     }
 
     fn handle_event(&mut self, now: Instant, link: LinkId, output: LinkOutput) {
+        if self.is_of_check(link, &output) {
+            return;
+        }
         let Some(owner) = self.state.owners.get_mut(&link) else { return };
         let (id, us, peer) = (owner.room, owner.us, owner.peer);
         match output {

@@ -37,13 +37,19 @@ impl RelayKey {
     }
 
     /// The message that publishes `content` under a topic.
-    pub(crate) fn event_message(&self, kind: u16, topic: &str, content: &str) -> Result<String, nostr::error::Error> {
+    ///
+    /// # Errors
+    /// When the event cannot be signed.
+    pub fn event_message(&self, kind: u16, topic: &str, content: &str) -> Result<String, nostr::error::Error> {
         let event = EventBuilder::new(Kind::from(kind), content).tag(Tag::parse(["x", topic])?).finalize(&self.0)?;
         Ok(serde_json::json!(["EVENT", event]).to_string())
     }
 
     /// The message that answers a relay's challenge.
-    pub(crate) fn auth_message(&self, relay: &str, challenge: &str) -> Result<String, nostr::error::Error> {
+    ///
+    /// # Errors
+    /// When the event cannot be signed.
+    pub fn auth_message(&self, relay: &str, challenge: &str) -> Result<String, nostr::error::Error> {
         let tags = [Tag::parse(["relay", relay])?, Tag::parse(["challenge", challenge])?];
         let event = EventBuilder::new(Kind::from(AUTH_KIND), "").tags(tags).finalize(&self.0)?;
         Ok(serde_json::json!(["AUTH", event]).to_string())

@@ -18,6 +18,7 @@ use crate::addresses::{Addresses, ExternalAddress};
 use crate::archive::{Archive, ArchiveConfig, Bounds, OpenError, Opened};
 use crate::backup::{BackupConfig, BackupSchedule, TargetError};
 use crate::cells::CellsConfig;
+use crate::check::CheckRoom;
 use crate::links::{LinkSocket, Links};
 use crate::mesh::{Mesh, State};
 use crate::metrics::Metrics;
@@ -76,6 +77,8 @@ pub struct Config {
     pub identity: Option<Arc<Identity>>,
     /// The rooms to stay in.
     pub rooms: Vec<RoomConfig>,
+    /// The name of the room in which links may be tried; `None`: nobody can.
+    pub check_room: Option<String>,
     /// What the archive takes.
     pub bounds: Bounds,
     /// How long operations are kept as such; older ones are compacted into what they amounted to. `None`: for ever.
@@ -147,7 +150,7 @@ impl Server {
             .generate_certificate()
             .ok_or_else(|| StartError::Certificate("the crypto provider has none".into()))?;
         provider.install_process_default();
-        let connector = tls_connector().map_err(StartError::Certificate)?;
+        let connector = Connector::Rustls(relay_tls().map_err(|error| StartError::Certificate(error.to_string()))?);
 
         let backup = config
             .backup
@@ -194,6 +197,7 @@ impl Server {
             identity: config.identity,
             max_links: config.max_links,
             operations_per_second: config.operations_per_second,
+            check_room: config.check_room.as_deref().map(CheckRoom::new),
             signalling,
             archive,
             metrics,
@@ -202,6 +206,9 @@ impl Server {
         let now = Instant::now();
         for (opened, room, source) in rooms {
             mesh.join(room, &opened, source, now);
+        }
+        if let Some(room) = &mesh.check_room {
+            mesh.signalling.listen_for_checks(room.root_topic());
         }
         let (commands, wishes) = mpsc::channel(COMMAND_QUEUE);
         let stop = CancellationToken::new();
@@ -256,16 +263,18 @@ impl Server {
     }
 }
 
-/// TLS towards `wss://` relays, with the system's roots.
-fn tls_connector() -> Result<Connector, String> {
+/// TLS towards relays and other servers, with the system's roots.
+///
+/// # Errors
+/// When the library cannot.
+pub fn relay_tls() -> Result<Arc<rustls::ClientConfig>, rustls::Error> {
     let mut roots = rustls::RootCertStore::empty();
     let found = rustls_native_certs::load_native_certs();
     roots.add_parsable_certificates(found.certs);
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
+        .with_safe_default_protocol_versions()?
         .with_root_certificates(roots)
         .with_no_client_auth();
-    Ok(Connector::Rustls(Arc::new(config)))
+    Ok(Arc::new(config))
 }

@@ -53,10 +53,18 @@ pub(crate) struct Listener {
     pub(crate) us: Option<PeerId>,
 }
 
+/// Who wants to hear of a topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Audience {
+    Room(Listener),
+    /// Whoever tries whether links come to be.
+    Check,
+}
+
 /// The topics that the seed listens on, as they are grouped in subscriptions.
 #[derive(Debug, Clone, Default)]
 struct Topics {
-    by_name: HashMap<String, (Listener, usize)>,
+    by_name: HashMap<String, (Audience, usize)>,
     groups: Vec<Group>,
 }
 
@@ -68,7 +76,7 @@ struct Group {
 }
 
 impl Topics {
-    fn add(&mut self, topic: Topic, listener: Listener) {
+    fn add(&mut self, topic: Topic, audience: Audience) {
         let index = match self.groups.iter().position(|group| group.topics.len() < TOPICS_PER_SUBSCRIPTION) {
             Some(index) => index,
             None => {
@@ -76,7 +84,7 @@ impl Topics {
                 self.groups.len() - 1
             }
         };
-        if self.by_name.insert(topic.as_str().to_owned(), (listener, index)).is_none() {
+        if self.by_name.insert(topic.as_str().to_owned(), (audience, index)).is_none() {
             let group = &mut self.groups[index];
             group.topics.push(topic);
             group.version += 1;
@@ -99,6 +107,8 @@ pub(crate) enum Heard {
     Reached,
     /// A peer said something.
     Said { relay: RelayIndex, event_id: String, listener: Listener, signal: Signal },
+    /// Somebody tries whether a link comes to be.
+    Check { relay: RelayIndex, event_id: String, content: String },
 }
 
 /// The relays, from the side that speaks.
@@ -147,8 +157,13 @@ impl Signalling {
     pub(crate) fn listen(&self, topics: impl IntoIterator<Item = (Topic, Listener)>) {
         self.topics.send_modify(|all| {
             let all = Arc::make_mut(all);
-            topics.into_iter().for_each(|(topic, listener)| all.add(topic, listener));
+            topics.into_iter().for_each(|(topic, listener)| all.add(topic, Audience::Room(listener)));
         });
+    }
+
+    /// Listens for who tries whether links come to be.
+    pub(crate) fn listen_for_checks(&self, topic: Topic) {
+        self.topics.send_modify(|all| Arc::make_mut(all).add(topic, Audience::Check));
     }
 
     /// Listens no longer on some topics.
@@ -161,7 +176,12 @@ impl Signalling {
 
     /// Publishes `signal` under `topic`, on one relay or on all.
     pub(crate) fn publish(&self, to: Option<RelayIndex>, topic: &Topic, signal: &Signal) {
-        let text = match self.key.event_message(topic.kind(), topic.as_str(), &signal.to_content()) {
+        self.publish_content(to, topic, &signal.to_content());
+    }
+
+    /// Publishes an event with this content.
+    pub(crate) fn publish_content(&self, to: Option<RelayIndex>, topic: &Topic, content: &str) {
+        let text = match self.key.event_message(topic.kind(), topic.as_str(), content) {
             Ok(text) => Utf8Bytes::from(text),
             Err(error) => return tracing::error!(%error, "an event could not be signed"),
         };
@@ -399,9 +419,15 @@ impl Relay {
             [verb, _, event] if verb.get() == r#""EVENT""# => {
                 let event: Event<'_> = serde_json::from_str(event.get()).ok()?;
                 let topic = event.tags.iter().find(|tag| tag.first().is_some_and(|name| name == "x"))?.get(1)?;
-                let listener = self.topics.borrow().by_name.get(topic.as_ref())?.0;
-                let signal = Signal::parse(&event.content)?;
-                Some(Heard::Said { relay: self.index, event_id: event.id, listener, signal })
+                let audience = self.topics.borrow().by_name.get(topic.as_ref())?.0;
+                let (relay, event_id) = (self.index, event.id);
+                match audience {
+                    Audience::Room(listener) => {
+                        let signal = Signal::parse(&event.content)?;
+                        Some(Heard::Said { relay, event_id, listener, signal })
+                    }
+                    Audience::Check => Some(Heard::Check { relay, event_id, content: event.content.into_owned() }),
+                }
             }
             // Refusals are worth a person's attention: a relay that refuses is no relay.
             [verb, rest @ ..] if matches!(verb.get(), r#""CLOSED""# | r#""NOTICE""#) => {

@@ -472,6 +472,7 @@ impl Settings {
             message_bytes: self.seed.max_message_bytes,
             operations_per_second: self.seed.operations_per_second,
             max_links: self.seed.max_links,
+            check_room: Some(self.check_room()),
             backup: self.seed.backup()?,
         })
     }

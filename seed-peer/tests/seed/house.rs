@@ -63,6 +63,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         relays: relays.iter().map(|url| (*url).to_owned()).collect(),
         identity: None,
         rooms,
+        check_room: Some("check".into()),
         bounds: Bounds { value_bytes: 100_000, ..Bounds::default() },
         keep: None,
         message_bytes: 64 << 20,
