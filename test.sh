@@ -41,5 +41,6 @@ cd e2e
 npm ci --no-audit --no-fund
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+.venv/bin/python ../grafana/make-alerts.py --check
 # Of what is loaded into real browsers, one file at a time: they share two cores.
 node --test --test-concurrency=1 --test-reporter=spec
