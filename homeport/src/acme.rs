@@ -4,9 +4,7 @@
 //! certificate, also as separate processes on one `seed.data`, of which only one asks.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -23,6 +21,7 @@ use instant_acme::{
 use service::{State as PartState, Telemetry, TlsFiles, listen};
 use tokio::task::JoinHandle;
 
+use crate::private_file;
 use crate::rooms::wall_ms;
 use crate::settings::AcmeSettings;
 
@@ -252,21 +251,8 @@ struct KeptAccount {
     credentials: instant_acme::AccountCredentials,
 }
 
-/// Writes a file that nobody else may read, whole or not at all.
 fn write_privately(file: &Path, content: &[u8]) -> anyhow::Result<()> {
-    let write = || {
-        let new = file.with_extension("new");
-        // One that is left of a failure may belong to somebody else's eyes.
-        match fs::remove_file(&new) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut open = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
-        open.write_all(content)?;
-        open.sync_all()?;
-        fs::rename(&new, file)
-    };
-    write().with_context(|| format!("cannot write {}", file.display()))
+    private_file::write(file, content).with_context(|| format!("cannot write {}", file.display()))
 }
 
 /// `/.well-known/acme-challenge/…` (RFC 8555, section 8.3).
@@ -324,16 +310,5 @@ mod tests {
             let left = i64::try_from(keeper.time_left().as_secs()).unwrap();
             assert!((left - expected).abs() < 20, "{left} {expected}");
         }
-    }
-
-    #[test]
-    fn what_is_written_is_for_its_owner_alone() {
-        use std::os::unix::fs::PermissionsExt as _;
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("key.pem");
-        write_privately(&file, b"one").unwrap();
-        write_privately(&file, b"two").unwrap();
-        assert_eq!(fs::read(&file).unwrap(), b"two");
-        assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

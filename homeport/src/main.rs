@@ -6,8 +6,10 @@ mod check;
 mod client_config;
 mod coturn;
 mod healthcheck;
+mod init;
 mod link_checks;
 mod logging;
+mod private_file;
 mod probe;
 mod reports;
 mod rooms;
@@ -36,6 +38,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write a first homeport.toml, with secrets made up, and say what to do next
+    Init(init::InitArgs),
     /// Run relay, TURN server and seed peer in one process; needs no settings
     Up(RunArgs),
     /// Run the Nostr relay alone
@@ -97,6 +101,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (services, args) = match cli.command {
         Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
+        Command::Init(args) => return exit_code(init::run(&args)),
         Command::Check(args) => return check::run(&args),
         Command::Rooms(args) => return exit_code(rooms::run(args)),
         Command::Up(args) => (run::Services::ALL, args),

@@ -51,14 +51,16 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     }
 
     let credentials = settings.turn_credentials();
-    if services.turn && credentials.secrets.is_empty() {
-        if services.seed {
-            // Apps are to get credentials without anybody's doing, also beside static users.
-            let secret = turn_secret::load_or_create(&settings.seed.data)?;
-            settings.turn.secret = Some(OneOrMany::One(secret));
-        } else if credentials.users.is_empty() {
-            bail!("nobody could use this TURN server: set turn.secret or turn.users");
-        }
+    // Apps are to get credentials without anybody's doing, also beside static users. A TURN server alone has its users,
+    // or shares the folder with the process that hands credentials out.
+    let shares = services.seed || credentials.users.is_empty();
+    if services.turn && credentials.secrets.is_empty() && shares {
+        let secret = turn_secret::load_or_create(&settings.seed.data)?;
+        settings.turn.secret = Some(OneOrMany::One(secret));
+    } else if credentials.secrets.is_empty()
+        && let Some(secret) = turn_secret::load(&settings.seed.data)?
+    {
+        settings.turn.secret = Some(OneOrMany::One(secret));
     }
     let mut summary = Summary::default();
     let mut telemetry: Vec<Telemetry> = Vec::new();

@@ -285,6 +285,39 @@ impl Settings {
         self.tls.files(&self.seed.data)
     }
 
+    /// Whether relay and TURN have a certificate.
+    pub(crate) fn has_tls(&self) -> bool {
+        self.tls.cert.is_some() || self.acme().is_some()
+    }
+
+    /// What the processes of docker compose are told by the environment.
+    pub(crate) fn compose_variables(&self) -> Vec<(&'static str, String)> {
+        // Names of rooms are text without control characters by then: TOML's spelling is JSON's.
+        let rooms: Vec<String> = self
+            .seed
+            .room
+            .iter()
+            .map(|room| format!("{{name={}}}", serde_json::Value::from(room.name.as_str())))
+            .collect();
+        let mut list = vec![
+            ("HOMEPORT_TURN__EXTERNAL_IP", self.turn.external_ip.as_slice().join(",")),
+            ("HOMEPORT_SEED__ROOM", format!("[{}]", rooms.join(","))),
+        ];
+        if let Some(secret) = self.turn_credentials().secrets.first() {
+            list.push(("HOMEPORT_TURN__SECRET", secret.clone()));
+        }
+        if let Some(token) = &self.relay.status_token {
+            list.push(("HOMEPORT_RELAY__STATUS_TOKEN", token.clone()));
+        }
+        if let Some(url) = self.relay_url() {
+            list.push(("HOMEPORT_RELAY__PUBLIC_URL", url));
+        }
+        if let Some(host) = self.turn.host.clone().or_else(|| self.host().map(str::to_owned)) {
+            list.push(("HOMEPORT_TURN__HOST", host));
+        }
+        list
+    }
+
     /// How a certificate is asked for.
     pub(crate) fn acme(&self) -> Option<&AcmeSettings> {
         Some(&self.tls.acme).filter(|acme| !acme.domains.is_empty())

@@ -29,7 +29,7 @@ use super::{Settings, everywhere};
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct SeedSettings {
     /// The UDP port of all WebRTC links.
-    listen: SocketAddr,
+    pub(crate) listen: SocketAddr,
     /// The folder of the archive.
     pub(crate) data: PathBuf,
     /// The identity that signs: a mnemonic, or a key of Ethereum.

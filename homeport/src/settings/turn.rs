@@ -22,11 +22,11 @@ pub(crate) struct TurnSettings {
     /// Where to listen for clients.
     pub(crate) listen: SocketAddr,
     /// Where to listen for clients with TLS; used when `[tls]` is set.
-    pub(super) listen_tls: SocketAddr,
+    pub(crate) listen_tls: SocketAddr,
     /// `auto`, an address, or `public/private`; or a list of these, for both families.
-    external_ip: OneOrMany,
+    pub(crate) external_ip: OneOrMany,
     /// The ports of allocations, as `first-last`.
-    relay_ports: String,
+    pub(crate) relay_ports: String,
     /// The realm of credentials.
     realm: String,
     /// Mints time-limited credentials; of several, the first.
