@@ -6,12 +6,14 @@ cd "$(dirname "$0")"
 step() { printf '\n== %s\n' "$*"; }
 
 # Debian's packages: Chromium for the pages, Prometheus for the dashboards, coturn for its client of TURN, OpenSSL and
-# pebble for certificates, Python for aioice.
+# pebble for certificates, iproute2 and iptables for machines of a test's own, Python for aioice.
 missing=()
 command -v turnutils_uclient >/dev/null || missing+=(coturn)
 command -v openssl >/dev/null || missing+=(openssl)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ -x /usr/bin/chromium ] || missing+=(chromium)
+command -v ip >/dev/null || missing+=(iproute2)
+command -v iptables >/dev/null || missing+=(iptables)
 command -v pebble >/dev/null || missing+=(pebble)
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
 if [ ${#missing[@]} -gt 0 ]; then

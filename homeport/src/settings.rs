@@ -22,7 +22,7 @@ pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
 pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.
-const DEFAULT_FILE: &str = "homeport.toml";
+pub(crate) const DEFAULT_FILE: &str = "homeport.toml";
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -48,7 +48,7 @@ pub(crate) struct RelaySettings {
     /// With `auth`, the public keys that may, in hex.
     allowed_pubkeys: Vec<String>,
     /// Connections at a time.
-    max_connections: usize,
+    pub(crate) max_connections: usize,
     /// Bytes of one message.
     max_message_bytes: usize,
     /// Connections of one address at a time; 0 sets no limit, here and below.
@@ -290,6 +290,16 @@ impl Settings {
         self.tls.cert.is_some() || self.acme().is_some()
     }
 
+    /// Whether there is something in the settings that others must not know.
+    pub(crate) fn holds_secrets(&self) -> bool {
+        let credentials = self.turn_credentials();
+        !credentials.secrets.is_empty()
+            || !credentials.users.is_empty()
+            || self.relay.status_token.is_some()
+            || self.turn.credentials_token.is_some()
+            || self.seed.holds_secrets()
+    }
+
     /// What the processes of docker compose are told by the environment.
     pub(crate) fn compose_variables(&self) -> Vec<(&'static str, String)> {
         // Names of rooms are text without control characters by then: TOML's spelling is JSON's.
@@ -400,12 +410,9 @@ impl Settings {
     /// follows from what only these settings hold; the processes of one Homeport find the same.
     pub(crate) fn check_room(&self) -> String {
         let mut hash = Sha256::new_with_prefix("homeport check room");
-        let secrets = self.turn_credentials().secrets;
-        let rooms = self.seed.room.iter().map(|room| room.name.as_str());
-        for part in secrets.first().map(String::as_str).into_iter().chain(rooms) {
-            hash.update([0]);
-            hash.update(part);
-        }
+        let names = || self.seed.room.iter().map(|room| room.name.as_str()).collect::<Vec<_>>().join("\0");
+        // Rooms may be named on the command line of one process alone, so they only count where there is no secret.
+        hash.update(self.turn_credentials().secrets.into_iter().next().unwrap_or_else(names));
         format!("homeport-check-{}", &hex::encode(hash.finalize())[..32])
     }
 

@@ -347,6 +347,14 @@ impl SeedSettings {
         }
     }
 
+    /// Whether there is something in here that others must not know.
+    pub(super) fn holds_secrets(&self) -> bool {
+        self.relay_key.is_some()
+            || self.identity.is_some()
+            || self.backup.as_ref().is_some_and(|backup| backup.secret_access_key.is_some())
+            || self.room.iter().any(|room| room.password.is_some())
+    }
+
     /// Refuses what cannot be, or not yet.
     pub(super) fn check(&self) -> Result<(), SettingsError> {
         self.backup()?;

@@ -52,7 +52,7 @@ pub(crate) struct TurnSettings {
     unauthenticated_per_second: u32,
     /// TCP and TLS connections of one address, and of all.
     address_connections: usize,
-    max_connections: usize,
+    pub(crate) max_connections: usize,
     /// Seconds that allocations live on at shutdown.
     drain: u32,
     /// Threads that relay; 0 means one for each core.
