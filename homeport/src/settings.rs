@@ -1,5 +1,7 @@
 //! The settings of all services, as file and environment spell them.
 
+#[cfg(test)]
+mod reference;
 mod seed;
 mod turn;
 
@@ -39,45 +41,49 @@ pub(crate) struct Settings {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RelaySettings {
-    /// Where to listen for WebSocket and HTTP.
+    /// Where to listen for WebSocket and HTTP; `[::]` takes IPv4 too. With a certificate, connections may come with
+    /// TLS and without.
     pub(crate) listen: SocketAddr,
-    /// The address under which apps reach the relay, when that is not the one it listens on.
+    /// The relay's address for apps, such as `"wss://relay.example.com"`; without it, the first name of `tls.acme`,
+    /// or the address asked.
     pub(crate) public_url: Option<String>,
-    /// Who may use the relay.
+    /// Whom the relay serves: `"open"` everybody; `"rooms"` only the topics of `[[seed.room]]`; `"auth"` only clients
+    /// that prove a key of `relay.allowed_pubkeys` (NIP-42).
     admission: Admission,
-    /// With `auth`, the public keys that may, in hex.
+    /// Nostr public keys in hex; the seed of the same process is always one of them.
     allowed_pubkeys: Vec<String>,
     /// Connections at a time.
     pub(crate) max_connections: usize,
     /// Bytes of one message.
     max_message_bytes: usize,
-    /// Connections of one address at a time; 0 sets no limit, here and below.
+    /// Connections at a time of one IPv4 address or IPv6 /64; `0` sets no limit, here and below.
     max_connections_per_address: usize,
-    /// Messages a second of one connection.
+    /// Messages a second of one connection; five times as many may come at once.
     messages_per_second: u32,
-    /// Bytes of messages a second of one connection.
+    /// Bytes of messages a second of one connection; five times as many may come at once.
     bytes_per_second: u32,
-    /// Signatures a second that are checked for one address.
+    /// Signatures a second that are checked for one address; five times as many may come at once.
     verifications_per_second: u32,
-    /// The header in which a trusted proxy says who the client is.
+    /// Where a proxy in front says who the client is, such as `"x-forwarded-for"`; without it, loopback has no limit
+    /// per address.
     trusted_proxy_header: Option<String>,
-    /// Whether events that are not ephemeral are kept.
+    /// Whether events that are not ephemeral are kept, in the folder `events` of `seed.data`; signalling needs none.
     store: bool,
-    /// Bytes that they may take.
+    /// Bytes that kept events may take.
     store_max_bytes: usize,
-    /// How far clients' clocks may be apart before a `since` costs an ephemeral event.
+    /// How far the clocks of two clients may be apart before a `since` costs an ephemeral event.
     clock_skew_seconds: u64,
-    /// Leading zero bits that an event's id must have.
+    /// Leading zero bits that an event's id must have (NIP-13).
     min_pow_difficulty: u32,
-    /// Announces a second that one subscriber gets per topic; 0 passes every one on.
+    /// Announces a second that one subscriber gets per topic; `0` passes every one on.
     announce_budget: u32,
     /// The longest time between two announces of one peer to one subscriber.
     announce_max_interval_seconds: u64,
-    /// Whether it is watched what becomes of dials.
+    /// Whether it is watched what becomes of offers between peers.
     dial_ledger: bool,
-    /// Whether reports of browsers are taken, and `/monitor.js` is served.
+    /// Whether `/monitor.js` is served, and what it reports is taken.
     pub(crate) reports: bool,
-    /// Shows names and drawings of rooms on the status page to who knows it.
+    /// Who shows it sees names, drawings and reasons on the status page.
     pub(crate) status_token: Option<String>,
 }
 
@@ -137,9 +143,9 @@ pub(crate) struct MetricsSettings {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct TlsSettings {
-    /// The certificate and those that lead to its root, in PEM.
+    /// The file of the certificate and those that lead to its root, in PEM; read again when it changes. For relay and TURN.
     cert: Option<PathBuf>,
-    /// The private key, in PEM.
+    /// The file of the certificate's private key, in PEM; read again when it changes.
     key: Option<PathBuf>,
     /// A certificate that is asked for and renewed by itself.
     acme: AcmeSettings,

@@ -30,33 +30,35 @@ use super::{Settings, everywhere};
 pub(crate) struct SeedSettings {
     /// The UDP port of all WebRTC links.
     pub(crate) listen: SocketAddr,
-    /// The folder of the archive.
+    /// The folder of the archive; also `--data`.
     pub(crate) data: PathBuf,
-    /// The identity that signs: a mnemonic, or a key of Ethereum.
+    /// The Security Manager identity that signs: a mnemonic or a `0x` key.
     identity: Option<Zeroizing<String>>,
     /// A file that holds the identity instead.
     identity_file: Option<PathBuf>,
-    /// As `turn.external_ip`, and by default the same.
+    /// The address under which peers reach the seed, as `turn.external_ip`, and by default the same.
     external_ip: Option<String>,
-    /// Relays to meet peers through, besides our own.
+    /// Relays to meet peers through, besides our own in `homeport up`.
     pub(crate) relays: Vec<String>,
-    /// The Nostr secret key that events to relays are signed with.
+    /// The Nostr secret key that the seed's events to relays are signed with, for relays that ask (NIP-42); a new one
+    /// at each start without it.
     pub(super) relay_key: Option<String>,
-    /// The rooms to stay in.
+    /// The rooms to stay in; also `--room`.
     pub(crate) room: Vec<RoomSettings>,
-    /// How long operations are kept as such, as `90d`; without it, for ever.
+    /// How long operations are kept as such, as `"90d"`; without it, for ever.
     keep: Option<String>,
     /// Links at a time.
     max_links: usize,
-    /// Bytes of one message of a peer.
+    /// Bytes of one message of a peer, inflated.
     max_message_bytes: usize,
-    /// Operations a second of one peer; 0 sets no limit.
+    /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant; `0`
+    /// sets no limit.
     operations_per_second: u32,
     /// Bytes of a node's value.
     max_value_bytes: usize,
     /// Nodes of one room.
     max_nodes: u64,
-    /// Bytes of all nodes of one room.
+    /// Bytes of the ids, values and edges of one room.
     max_room_bytes: u64,
     /// Backups of the archive.
     backup: Option<BackupSettings>,
@@ -66,7 +68,7 @@ pub(crate) struct SeedSettings {
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct BackupSettings {
-    /// A folder, or `s3://bucket/prefix`.
+    /// A folder, or `s3://bucket/prefix`; without it there are no backups.
     to: String,
     /// How often, as `6h`.
     every: String,
@@ -74,7 +76,7 @@ pub(crate) struct BackupSettings {
     full_every: String,
     /// How long backups are kept, as `30d`.
     keep: String,
-    /// The address of a storage other than Amazon's.
+    /// The address of a storage other than Amazon's; like the rest, else as `AWS_ENDPOINT`, … say.
     endpoint: Option<String>,
     /// The region of the storage.
     region: Option<String>,
@@ -163,19 +165,19 @@ impl Default for SeedSettings {
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct RoomSettings {
-    /// The database's name.
+    /// The name of the app's database.
     pub(crate) name: String,
-    /// Cells, as the apps set them.
+    /// `true` or `{ cell_size = 10, bridge = "one" }`, as the app's `rtc.cells`; without it, a full mesh.
     cells: Option<Cells>,
-    /// The room's password.
+    /// The database's password, if it has one.
     password: Option<String>,
-    /// Who rules the room: addresses of Ethereum.
+    /// Addresses of those who rule the room, as in the app's `sm.superAdmins`; what follows counts only with it.
     super_admins: Vec<String>,
-    /// The app's own roles.
+    /// The app's own roles, besides the Security Manager's: `{ editor = { can = ["write", "link"], inherits = ["guest"] } }`.
     roles: BTreeMap<String, RoleSettings>,
-    /// Whether nodes that name an owner are for that owner and its collaborators.
+    /// Whether nodes that name an `owner` are for that owner and its `collaborators`.
     acls: bool,
-    /// Whether nodes in the full state of a peer that does not sign are taken.
+    /// Whether nodes in the full state of a peer that does not sign are taken, but for users' and those that are somebody's.
     accept_unsigned_states: bool,
     /// Rules by which the seed gives and takes roles.
     governance: Option<serde_json::Value>,
@@ -291,7 +293,7 @@ enum Cells {
 pub(crate) struct CellsSettings {
     /// Peers of one cell, more or less.
     pub(crate) cell_size: usize,
-    /// What the seed is to the cells: the bridge of its own, of every one, or a member like any other.
+    /// What the seed is to the cells: the bridge of its own (`"one"`), of every one (`"every"`), or a member like any other (`"off"`).
     pub(crate) bridge: Bridge,
 }
 

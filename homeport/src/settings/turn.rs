@@ -19,53 +19,62 @@ use crate::turn_credentials::CredentialRules;
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct TurnSettings {
-    /// Where to listen for clients.
+    /// Where to listen for clients, UDP and TCP.
     pub(crate) listen: SocketAddr,
-    /// Where to listen for clients with TLS; used when `[tls]` is set.
+    /// Where to listen for clients with TLS, when there is a certificate; 443 gets through most firewalls.
     pub(crate) listen_tls: SocketAddr,
-    /// `auto`, an address, or `public/private`; or a list of these, for both families.
+    /// The address of relayed traffic: found (`"auto"`), given, `"public/private"` behind a one-to-one NAT (as on
+    /// most clouds), or `"stun:host:port"` to ask a STUN server elsewhere for it; a list for both families. It is
+    /// looked up again every three minutes.
     pub(crate) external_ip: OneOrMany,
-    /// The ports of allocations, as `first-last`.
+    /// The ports of relayed traffic, as `"first-last"`.
     pub(crate) relay_ports: String,
     /// The realm of credentials.
     realm: String,
-    /// Mints time-limited credentials; of several, the first.
+    /// Mints time-limited credentials: user `<expiry>:<name>`, password base64(HMAC-SHA1(secret, user)); a list takes
+    /// several, of which the first mints. Without it, one is made up and kept in `seed.data`.
     pub(crate) secret: Option<OneOrMany>,
-    /// Static users and their passwords.
+    /// Static users: `{ alice = "password" }`.
     users: BTreeMap<String, String>,
-    /// Networks of peers that are let through although they are private.
+    /// Networks that may be relayed to although they are private, such as `["10.1.0.0/16"]`.
     allow_peers: Vec<IpNet>,
-    /// Networks of peers that are refused.
+    /// Networks that may not be relayed to.
     deny_peers: Vec<IpNet>,
-    /// Allocations of one user, of one address and of all; 0 means no limit.
+    /// Allocations at a time of one user; `0` sets no limit, here and below. All users of an app share one name.
     user_quota: usize,
+    /// Allocations at a time of one IPv4 address or IPv6 /64.
     address_quota: usize,
+    /// Allocations at a time of all.
     total_quota: usize,
-    /// Bytes a second of one allocation and of all; 0 means no limit.
+    /// Bandwidth of one allocation, both directions together; what is over it is dropped.
     max_bytes_per_second: u64,
+    /// Bandwidth of all allocations.
     total_bytes_per_second: u64,
-    /// The longest lifetime of an allocation that is not refreshed, in seconds.
+    /// Seconds that an allocation lives without being refreshed, at most; at least 600.
     max_lifetime: u32,
-    /// Seconds that allocations outlive a time-limited credential.
+    /// Seconds that allocations outlive their time-limited credential.
     credential_grace: u32,
-    /// Answers a second to strangers at one address; 0 means no limit.
+    /// Answers a second to one address that has not proven who it is; five times as many may come at once.
     unauthenticated_per_second: u32,
-    /// TCP and TLS connections of one address, and of all.
+    /// TCP and TLS connections at a time of one address.
     address_connections: usize,
+    /// TCP and TLS connections at a time of all.
     pub(crate) max_connections: usize,
-    /// Seconds that allocations live on at shutdown.
+    /// Seconds that allocations live on after SIGTERM; new ones are refused meanwhile.
     drain: u32,
-    /// Threads that relay; 0 means one for each core.
+    /// Threads that relay; `0` means one for each core.
     threads: usize,
-    /// The name under which apps reach the server; with TLS, one that the certificate is for.
+    /// The name under which apps reach the server; with TLS, one that the certificate is for. Without it, the first
+    /// name of `tls.acme`, or the external address.
     pub(crate) host: Option<String>,
     /// Seconds that credentials for apps are good.
     pub(crate) credentials_lifetime: u32,
-    /// Whoever asks for credentials must show this as a bearer token.
+    /// Whoever asks for credentials must show this as `Authorization: Bearer …`.
     pub(crate) credentials_token: Option<String>,
     /// Pages of these origins may ask for credentials; `*` is all of them.
     pub(crate) credentials_origins: Vec<String>,
-    /// How often one address may ask for credentials in a minute; 0 means no limit.
+    /// How often one IPv4 address or IPv6 /64 may ask for credentials; without `relay.trusted_proxy_header`, loopback
+    /// has no limit.
     pub(crate) credentials_per_minute: u32,
 }
 
