@@ -36,6 +36,12 @@ cargo test --workspace --locked
 step "deployment files"
 promtool check config deploy/prometheus/prometheus.yml
 promtool test rules deploy/prometheus/rules.test.yml
+if command -v systemd-analyze >/dev/null; then
+  # Of what systemd knows to restrict, a tenth to two tenths is what a network service needs.
+  systemd-analyze security --offline=true --threshold=20 --no-pager deploy/systemd/homeport.service | tail -n 1
+else
+  echo "the systemd units: skipped, there is no systemd-analyze"
+fi
 
 step "browsers"
 cargo build --locked --package homeport

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 /// The always-on half of browser peer-to-peer apps: a relay to meet at, a TURN server to get through, a seed peer
 /// that remembers.
@@ -52,6 +52,11 @@ enum Command {
     Rooms(rooms::RoomsArgs),
     /// Look whether the archive and its backups are what they should be, beside a running homeport
     Check(check::CheckArgs),
+    /// Print the completions of a shell, to be put where it looks for them
+    Completions { shell: clap_complete::Shell },
+    /// Write the manual's pages into a folder
+    #[command(hide = true)]
+    Manual { folder: PathBuf },
     /// Ask a running homeport on this machine how it is; exit code 0 when it answers, for containers
     Healthcheck(HealthcheckArgs),
 }
@@ -101,6 +106,14 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let (services, args) = match cli.command {
         Command::Healthcheck(args) => return healthcheck::run(args.config.as_deref()),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "homeport", &mut std::io::stdout());
+            return ExitCode::SUCCESS;
+        }
+        Command::Manual { folder } => {
+            let written = clap_mangen::generate_to(Cli::command(), &folder);
+            return exit_code(written.with_context(|| format!("cannot write into {}", folder.display())));
+        }
         Command::Init(args) => return exit_code(init::run(&args)),
         Command::Check(args) => return check::run(&args),
         Command::Rooms(args) => return exit_code(rooms::run(args)),

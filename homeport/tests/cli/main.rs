@@ -195,6 +195,31 @@ fn the_settings_of_coturn_are_printed_as_ours_and_what_is_left_out_is_named() {
     assert!(stderr.contains("mobility"), "{stderr}");
 }
 
+#[test]
+fn shells_and_the_manual_learn_every_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let Output { status, stdout, .. } = homeport(folder.path(), "completions").arg("bash").output().unwrap();
+    let completions = String::from_utf8(stdout).unwrap();
+    assert!(status.success() && completions.contains("restore-backup"), "{completions}");
+    assert!(homeport(folder.path(), "manual").arg(folder.path()).status().unwrap().success());
+    for page in ["homeport.1", "homeport-turn-import.1", "homeport-rooms-restore-backup.1"] {
+        assert!(folder.path().join(page).exists(), "{page}");
+    }
+}
+
+#[test]
+fn a_turn_server_alone_makes_up_a_secret_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let secret = folder.path().join("homeport-data/turn-secret");
+    let run = || {
+        let (mut child, _) = started(homeport(folder.path(), "turn"));
+        signal(&child, "-TERM");
+        assert!(child.wait().unwrap().success());
+        std::fs::read_to_string(&secret).unwrap()
+    };
+    assert_eq!(run(), run());
+}
+
 /// What `homeport rooms` prints; its exit code must be `success`.
 fn rooms(folder: &Path, arguments: &[&str], success: bool) -> String {
     let Output { status, stdout, stderr } = homeport(folder, "rooms").args(arguments).output().unwrap();
