@@ -281,6 +281,7 @@ fn read(
     for name in rooms {
         settings.seed.add_room(name);
     }
+    settings.forget_empty();
     settings.check()?;
     Ok(settings)
 }
@@ -351,6 +352,16 @@ impl Settings {
             port => format!("wss://{host}:{port}"),
         };
         self.relay.public_url.clone().or_else(|| self.host().map(of_host))
+    }
+
+    /// Takes what is set to nothing for not set: docker compose cannot leave a variable out.
+    fn forget_empty(&mut self) {
+        let RelaySettings { public_url, trusted_proxy_header, status_token, .. } = &mut self.relay;
+        let TurnSettings { host, credentials_token, secret, .. } = &mut self.turn;
+        for text in [public_url, trusted_proxy_header, status_token, host, credentials_token] {
+            text.take_if(|text| text.is_empty());
+        }
+        secret.take_if(|secret| secret.as_slice().iter().all(String::is_empty));
     }
 
     /// Refuses what cannot be.
@@ -500,6 +511,15 @@ mod tests {
         // The seed stands behind the same mapping as TURN.
         assert_eq!(seed.external.map(|external| external.public.to_string()).as_deref(), Some("203.0.113.7"));
         assert!(!format!("{settings:?}").contains("north"));
+    }
+
+    #[test]
+    fn what_is_set_to_nothing_is_not_set() {
+        let settings =
+            of("[relay]\npublic_url = \"\"\nstatus_token = \"\"\n[turn]\nsecret = \"\"\nhost = \"\"").unwrap();
+        assert_eq!((settings.relay.public_url.clone(), settings.relay.status_token.clone()), (None, None));
+        // An empty secret would let everybody in.
+        assert!(settings.turn_credentials().secrets.is_empty() && settings.turn.host.is_none());
     }
 
     #[test]
