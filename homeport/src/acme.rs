@@ -18,7 +18,7 @@ use axum::routing::get;
 use instant_acme::{
     Account, AuthorizationStatus, ChallengeType, Identifier, NewAccount, NewOrder, OrderStatus, RetryPolicy,
 };
-use service::{State as PartState, Telemetry, TlsFiles, listen};
+use service::{State as PartState, Telemetry, TlsFiles, WebListener, listen};
 use tokio::task::JoinHandle;
 
 use crate::private_file;
@@ -33,6 +33,8 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(3_600);
 const RETRY: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(4 * 3_600));
 /// How often it is looked whether another process still asks.
 const OTHERS_INTERVAL: Duration = Duration::from_secs(60);
+/// Connections at a time of who is sent on to `https://`, and of the authority.
+const MAX_CONNECTIONS: usize = 512;
 /// How often services look for a new certificate.
 const CHECK_EVERY: Duration = Duration::from_secs(5);
 
@@ -86,7 +88,7 @@ impl Acme {
     ) -> anyhow::Result<(Telemetry, Vec<JoinHandle<()>>)> {
         fs::create_dir_all(&folder.0).with_context(|| format!("cannot make {}", folder.0.display()))?;
         let challenges = Challenges::default();
-        let listener = listen::tcp("tls.acme.listen", settings.listen)?;
+        let listener = WebListener::new(listen::tcp("tls.acme.listen", settings.listen)?, None, MAX_CONNECTIONS)?;
         let routes = Router::new()
             .route("/.well-known/acme-challenge/{token}", get(show))
             .fallback(to_https)

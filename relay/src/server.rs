@@ -13,7 +13,7 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
-use service::{BindError, Certificate, Health, Origin, Telemetry, TlsError, TlsFiles, TlsListener, listen};
+use service::{BindError, Certificate, Health, Origin, Telemetry, TlsError, TlsFiles, WebListener, WebTls, listen};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +32,9 @@ use crate::subscriptions::Subscriptions;
 
 /// How long open connections get to say goodbye at shutdown.
 const DRAIN: Duration = Duration::from_millis(500);
+
+/// Connections beyond those of clients: who looks at a page, and who is told that there is no room.
+const PAGES: usize = 512;
 
 /// How often addresses that have gone quiet are forgotten.
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
@@ -208,27 +211,24 @@ impl Server {
             .merge(config.routes);
         let stopped = stop.clone().cancelled_owned();
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
-        let task = if let Some(certificate) = certificate {
-            let metrics = relay.metrics.clone();
-            let tls = certificate.server_config()?;
-            let listener = TlsListener::new(listener, tls, metrics.tls_handshakes.clone())
-                .map_err(|source| BindError { setting: "relay.listen", address, protocol: "TCP", source })?;
-            let health = telemetry.health.clone();
+        let tls = match &certificate {
+            Some(certificate) => {
+                Some(WebTls { config: certificate.server_config()?, handshakes: relay.metrics.tls_handshakes.clone() })
+            }
+            None => None,
+        };
+        let sockets = relay.limits.connections.saturating_add(PAGES);
+        let listener = WebListener::new(listener, tls, sockets)
+            .map_err(|source| BindError { setting: "relay.listen", address, protocol: "TCP", source })?
+            // Of a tapped listener, axum knows where clients come from.
+            .tap_io(|_| ());
+        if let Some(certificate) = certificate {
+            let (health, metrics) = (telemetry.health.clone(), relay.metrics.clone());
             let renewing =
                 certificate.renew(health, "relay certificate", move |ends| metrics.certificate_expiry.set(ends));
             tokio::spawn(stop.clone().run_until_cancelled_owned(renewing));
-            // Of a tapped listener, axum knows where clients come from.
-            let listener = listener.tap_io(|_| ());
-            tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await })
-        } else {
-            // A small message must not wait for the acknowledgement of the one before it.
-            let listener = listener.tap_io(|stream| {
-                if let Err(error) = stream.set_nodelay(true) {
-                    tracing::debug!(%error, "a connection delays small messages");
-                }
-            });
-            tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await })
-        };
+        }
+        let task = tokio::spawn(async move { axum::serve(listener, service).with_graceful_shutdown(stopped).await });
         telemetry.health.set("relay", service::State::Ok);
         Ok(Self { address, relay, telemetry, stop, connections, task })
     }

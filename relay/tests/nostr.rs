@@ -401,7 +401,7 @@ async fn what_clocks_say_hinders_no_live_event() {
 
 #[tokio::test]
 async fn who_is_too_fast_is_told_so_and_others_go_on() {
-    let rates = Rates { messages: 20, ..Rates::default() };
+    let rates = Rates { messages: 1, ..Rates::default() };
     let server = start_with(Config { rates, ..config() }).await;
     let mut calm = Client::connect(&server).await;
     calm.subscribe("calm", json!({ "#x": ["topic"] })).await;
@@ -415,7 +415,8 @@ async fn who_is_too_fast_is_told_so_and_others_go_on() {
             refused += 1;
         }
     }
-    assert!((50..=100).contains(&refused), "{refused}");
+    // Five at once, and one more for each second that this takes.
+    assert!((100..=195).contains(&refused), "{refused}");
     flood.say(json!(["REQ", "s", { "kinds": [20_001] }])).await;
     let answer = flood.hear().await;
     assert!(answer[0] == "CLOSED" && answer[2].as_str().unwrap().starts_with("rate-limited:"), "{answer}");

@@ -6,11 +6,11 @@ pub mod metrics;
 pub mod origin;
 pub mod settings;
 pub mod tls;
-pub mod tls_listener;
+pub mod web_listener;
 
 pub use health::{Health, State};
 pub use listen::BindError;
 pub use metrics::{MetricsServer, Telemetry};
 pub use origin::Origin;
 pub use tls::{Certificate, TlsError, TlsFiles};
-pub use tls_listener::TlsListener;
+pub use web_listener::{WebListener, WebTls};
