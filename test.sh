@@ -50,5 +50,7 @@ npm ci --no-audit --no-fund
 [ -x .venv/bin/python ] || python3 -m venv .venv
 .venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 .venv/bin/python ../grafana/make-alerts.py --check
+.venv/bin/docker-compose --file ../docker-compose.yml --profile bridge --profile proxy config --quiet
+.venv/bin/hadolint ../deploy/Dockerfile
 # Of what is loaded into real browsers, one file at a time: they share two cores.
 node --test --test-concurrency=1 --test-reporter=spec

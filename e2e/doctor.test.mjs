@@ -1,7 +1,7 @@
 // `homeport init`, then `homeport check`, on a machine of their own with a public-looking address: all is well; and then with
 // one thing broken after the other, each of which is named, and nothing else.
 import assert from 'node:assert/strict';
-import { execFile, execFileSync, spawn } from 'node:child_process';
+import { execFile, spawn } from 'node:child_process';
 import { mkdir, mkdtemp, open, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -9,23 +9,13 @@ import { once } from 'node:events';
 import { after, before, test } from 'node:test';
 import { promisify } from 'node:util';
 import { binary } from './lib/homeport.mjs';
+import { unable } from './lib/nat.mjs';
 
 const run = promisify(execFile);
 const [HOST, ADDRESS, ELSEWHERE] = ['relay.homeport.test', '45.79.10.10', '45.79.10.99'];
 const namespace = `homeport-doctor-${process.pid}`;
 const reason = unable();
 if (reason) console.log(`homeport check on a machine of its own: skipped, ${reason}`);
-
-function unable() {
-  if (process.getuid() !== 0) return 'network namespaces need root';
-  try {
-    execFileSync('ip', ['netns', 'list']);
-    execFileSync('iptables', ['--version']);
-    return false;
-  } catch (error) {
-    return `ip or iptables cannot be used: ${error.message}`;
-  }
-}
 
 let folder, homeport, summary;
 const file = name => join(folder, name);

@@ -174,7 +174,16 @@ pub(crate) fn open(folder: &Path) -> Result<ArchiveFile, OpenError> {
     let database = |source| OpenError::Database { path: path.clone(), source };
     let mut connection = Connection::open(&path).map_err(database)?;
     configure(&connection).map_err(database)?;
-    if exists { migrate(&mut connection) } else { create(&mut connection) }.map_err(database)?;
+    if exists {
+        let found: i32 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(database)?;
+        if found < VERSION {
+            let copy = set_aside(&connection, folder, found)?;
+            tracing::info!(from = found, to = VERSION, copy = %copy.display(), "the archive is brought up to date");
+            migrate(&mut connection).map_err(database)?;
+        }
+    } else {
+        create(&mut connection).map_err(database)?;
+    }
     Ok(ArchiveFile { path, connection, _lock: lock })
 }
 
@@ -233,6 +242,23 @@ fn create(connection: &mut Connection) -> rusqlite::Result<()> {
     transaction.commit()
 }
 
+/// Copies an archive as it is, before it is changed for good. The copy stays until somebody removes it.
+fn set_aside(connection: &Connection, folder: &Path, version: i32) -> Result<PathBuf, OpenError> {
+    let copy = folder.join(format!("archive-of-version-{version}.sqlite"));
+    let unfinished = copy.with_extension("new");
+    let folder_error = |source| OpenError::Folder { path: copy.clone(), source };
+    match std::fs::remove_file(&unfinished) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(folder_error(error)),
+        _ => {}
+    }
+    connection
+        .execute("VACUUM INTO ?", [unfinished.to_string_lossy()])
+        .map_err(|source| OpenError::Database { path: unfinished.clone(), source })?;
+    File::open(&unfinished).and_then(|file| file.sync_all()).map_err(folder_error)?;
+    std::fs::rename(&unfinished, &copy).map_err(folder_error)?;
+    Ok(copy)
+}
+
 /// Brings an older archive to this version; it is then no longer for older Homeports.
 fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     let transaction = connection.transaction()?;
@@ -286,6 +312,10 @@ mod tests {
             .query_row("SELECT bytes, paused FROM room", [], |row| Ok((row.get(0)?, row.get(1)?)))
             .unwrap();
         assert_eq!((bytes, paused), (1 + 4 + 2 + 1 + 5, false));
+        let copy = Connection::open(folder.path().join("archive-of-version-1.sqlite")).unwrap();
+        let version: i32 = copy.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        let nodes: i64 = copy.query_row("SELECT count(*) FROM node", [], |row| row.get(0)).unwrap();
+        assert_eq!((version, nodes), (1, 2), "as it was");
     }
 
     #[test]
