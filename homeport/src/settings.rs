@@ -2,25 +2,26 @@
 
 #[cfg(test)]
 mod reference;
+mod relay;
 mod seed;
+mod tls;
 mod turn;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::Path;
 
 use figment::providers::Serialized;
 use figment::value::Dict;
 use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
-use service::TlsFiles;
 use service::settings::SettingsError;
 use sha2::{Digest as _, Sha256};
 
-use crate::acme::AcmeFolder;
-use crate::status;
-
+use self::relay::Admission;
+pub(crate) use self::relay::RelaySettings;
 pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
+pub(crate) use self::tls::AcmeSettings;
+use self::tls::TlsSettings;
 pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.
@@ -35,64 +36,6 @@ pub(crate) struct Settings {
     pub(crate) seed: SeedSettings,
     pub(crate) metrics: MetricsSettings,
     tls: TlsSettings,
-}
-
-/// `[relay]`
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct RelaySettings {
-    /// Where to listen for WebSocket and HTTP; `[::]` takes IPv4 too. With a certificate, connections may come with
-    /// TLS and without.
-    pub(crate) listen: SocketAddr,
-    /// The relay's address for apps, such as `"wss://relay.example.com"`; without it, the first name of `tls.acme`,
-    /// or the address asked.
-    pub(crate) public_url: Option<String>,
-    /// Whom the relay serves: `"open"` everybody; `"rooms"` only the topics of `[[seed.room]]`; `"auth"` only clients
-    /// that prove a key of `relay.allowed_pubkeys` (NIP-42).
-    admission: Admission,
-    /// Nostr public keys in hex; the seed of the same process is always one of them.
-    allowed_pubkeys: Vec<String>,
-    /// Connections at a time.
-    pub(crate) max_connections: usize,
-    /// Bytes of one message.
-    max_message_bytes: usize,
-    /// Connections at a time of one IPv4 address or IPv6 /64; `0` sets no limit, here and below.
-    max_connections_per_address: usize,
-    /// Messages a second of one connection; five times as many may come at once.
-    messages_per_second: u32,
-    /// Bytes of messages a second of one connection; five times as many may come at once.
-    bytes_per_second: u32,
-    /// Signatures a second that are checked for one address; five times as many may come at once.
-    verifications_per_second: u32,
-    /// Where a proxy in front says who the client is, such as `"x-forwarded-for"`; without it, loopback has no limit
-    /// per address.
-    trusted_proxy_header: Option<String>,
-    /// Whether events that are not ephemeral are kept, in the folder `events` of `seed.data`; signalling needs none.
-    store: bool,
-    /// Bytes that kept events may take.
-    store_max_bytes: usize,
-    /// How far the clocks of two clients may be apart before a `since` costs an ephemeral event.
-    clock_skew_seconds: u64,
-    /// Leading zero bits that an event's id must have (NIP-13).
-    min_pow_difficulty: u32,
-    /// Announces a second that one subscriber gets per topic; `0` passes every one on.
-    announce_budget: u32,
-    /// The longest time between two announces of one peer to one subscriber.
-    announce_max_interval_seconds: u64,
-    /// Whether it is watched what becomes of offers between peers.
-    dial_ledger: bool,
-    /// Whether `/monitor.js` is served, and what it reports is taken.
-    pub(crate) reports: bool,
-    /// Who shows it sees names, drawings and reasons on the status page.
-    pub(crate) status_token: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Admission {
-    Open,
-    Rooms,
-    Auth,
 }
 
 /// One text, or a list of them.
@@ -139,116 +82,9 @@ pub(crate) struct MetricsSettings {
     pub(crate) probe: bool,
 }
 
-/// `[tls]`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct TlsSettings {
-    /// The file of the certificate and those that lead to its root, in PEM; read again when it changes. For relay and TURN.
-    cert: Option<PathBuf>,
-    /// The file of the certificate's private key, in PEM; read again when it changes.
-    key: Option<PathBuf>,
-    /// A certificate that is asked for and renewed by itself.
-    acme: AcmeSettings,
-}
-
-/// `[tls.acme]`
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub(crate) struct AcmeSettings {
-    /// The names that the certificate is to be for; apps reach the services under the first.
-    pub(crate) domains: Vec<String>,
-    /// Where the certificate authority may write to.
-    pub(crate) email: Option<String>,
-    /// The certificate authority's directory; Let's Encrypt's without it.
-    pub(crate) directory: String,
-    /// Where to answer the certificate authority, which asks at port 80 of each domain.
-    pub(crate) listen: SocketAddr,
-    /// The root of the certificate authority's own certificate, in PEM, if this machine does not know it.
-    pub(crate) ca: Option<PathBuf>,
-}
-
-impl Default for AcmeSettings {
-    fn default() -> Self {
-        Self {
-            domains: Vec::new(),
-            email: None,
-            directory: instant_acme::LetsEncrypt::Production.url().to_owned(),
-            listen: everywhere(80),
-            ca: None,
-        }
-    }
-}
-
-impl AcmeSettings {
-    fn check(&self) -> Result<(), SettingsError> {
-        if self.domains.is_empty() && *self != Self::default() {
-            return Err(SettingsError::of("tls.acme.domains", "a certificate needs a name, such as relay.example.com"));
-        }
-        let is_name = |name: &String| {
-            let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-.".contains(&byte);
-            !name.is_empty() && name.bytes().all(allowed) && name.parse::<std::net::IpAddr>().is_err()
-        };
-        match self.domains.iter().find(|name| !is_name(name)) {
-            // The challenge proves one host, so there are no wildcards.
-            Some(name) => Err(SettingsError::of("tls.acme.domains", format_args!("{name:?} is no name of a host"))),
-            None => Ok(()),
-        }
-    }
-}
-
-impl TlsSettings {
-    fn files(&self, data: &Path) -> Result<Option<TlsFiles>, SettingsError> {
-        let asks = !self.acme.domains.is_empty();
-        match (&self.cert, &self.key) {
-            (None, None) => Ok(asks.then(|| AcmeFolder::in_data(data).files())),
-            _ if asks => {
-                Err(SettingsError::of("tls.acme", "with the files of a certificate, none is asked for: take one out"))
-            }
-            (Some(cert), Some(key)) => Ok(Some(TlsFiles {
-                cert: cert.clone(),
-                key: key.clone(),
-                may_come_later: false,
-                check_every: Duration::from_secs(30),
-            })),
-            (None, _) => Err(SettingsError::of("tls.cert", "TLS needs the file of a certificate")),
-            (_, None) => Err(SettingsError::of("tls.key", "TLS needs the file of the certificate's key")),
-        }
-    }
-}
-
 /// All addresses of this machine, of both families.
 fn everywhere(port: u16) -> SocketAddr {
     SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port))
-}
-
-impl Default for RelaySettings {
-    fn default() -> Self {
-        let limits = relay::Limits::default();
-        let rates = relay::Rates::default();
-        let announces = relay::AnnounceEconomy::default();
-        Self {
-            listen: everywhere(8080),
-            public_url: None,
-            admission: Admission::Open,
-            allowed_pubkeys: Vec::new(),
-            max_connections: limits.connections,
-            max_message_bytes: limits.message_bytes,
-            max_connections_per_address: rates.address_connections,
-            messages_per_second: rates.messages,
-            bytes_per_second: rates.bytes,
-            verifications_per_second: rates.verifications,
-            trusted_proxy_header: None,
-            store: false,
-            store_max_bytes: 1 << 30,
-            clock_skew_seconds: limits.clock_skew_seconds,
-            min_pow_difficulty: 0,
-            announce_budget: announces.budget,
-            announce_max_interval_seconds: announces.max_interval.as_secs(),
-            dial_ledger: true,
-            reports: true,
-            status_token: None,
-        }
-    }
 }
 
 impl Default for MetricsSettings {
@@ -287,16 +123,6 @@ fn read(
 }
 
 impl Settings {
-    /// The certificate of relay and TURN.
-    pub(crate) fn tls_files(&self) -> Result<Option<TlsFiles>, SettingsError> {
-        self.tls.files(&self.seed.data)
-    }
-
-    /// Whether relay and TURN have a certificate.
-    pub(crate) fn has_tls(&self) -> bool {
-        self.tls.cert.is_some() || self.acme().is_some()
-    }
-
     /// Whether there is something in the settings that others must not know.
     pub(crate) fn holds_secrets(&self) -> bool {
         let credentials = self.turn_credentials();
@@ -335,25 +161,6 @@ impl Settings {
         list
     }
 
-    /// How a certificate is asked for.
-    pub(crate) fn acme(&self) -> Option<&AcmeSettings> {
-        Some(&self.tls.acme).filter(|acme| !acme.domains.is_empty())
-    }
-
-    /// The name under which apps reach the services, as far as it is known.
-    pub(crate) fn host(&self) -> Option<&str> {
-        self.acme()?.domains.first().map(String::as_str)
-    }
-
-    /// The address under which apps reach the relay, if it is set or follows from the certificate's name.
-    pub(crate) fn relay_url(&self) -> Option<String> {
-        let of_host = |host: &str| match self.relay.listen.port() {
-            443 => format!("wss://{host}"),
-            port => format!("wss://{host}:{port}"),
-        };
-        self.relay.public_url.clone().or_else(|| self.host().map(of_host))
-    }
-
     /// Takes what is set to nothing for not set: docker compose cannot leave a variable out.
     fn forget_empty(&mut self) {
         let RelaySettings { public_url, trusted_proxy_header, status_token, .. } = &mut self.relay;
@@ -374,55 +181,6 @@ impl Settings {
         self.seed.check()
     }
 
-    /// The relay's configuration; `routes` are pages besides its own, `own` are the keys of who asks it from this
-    /// process.
-    pub(crate) fn relay(&self, routes: axum::Router, own: &[&RelayKey]) -> Result<relay::Config, SettingsError> {
-        let admission = match self.relay.admission {
-            Admission::Open => relay::Admission::Open,
-            Admission::Rooms => relay::Admission::Rooms(self.seed.room.iter().map(|room| room.name.clone()).collect()),
-            Admission::Auth => {
-                let listed = self.relay.allowed_pubkeys.iter().map(|text| public_key(text));
-                relay::Admission::Auth(
-                    listed.chain(own.iter().map(|key| Ok(key.public_key()))).collect::<Result<_, _>>()?,
-                )
-            }
-        };
-        let limits = relay::Limits {
-            connections: self.relay.max_connections,
-            message_bytes: self.relay.max_message_bytes,
-            clock_skew_seconds: self.relay.clock_skew_seconds,
-            difficulty: self.relay.min_pow_difficulty,
-            ..relay::Limits::default()
-        };
-        let announces = relay::AnnounceEconomy {
-            budget: self.relay.announce_budget,
-            max_interval: Duration::from_secs(self.relay.announce_max_interval_seconds),
-        };
-        let rates = relay::Rates {
-            messages: self.relay.messages_per_second,
-            bytes: self.relay.bytes_per_second,
-            verifications: self.relay.verifications_per_second,
-            address_connections: self.relay.max_connections_per_address,
-        };
-        Ok(relay::Config {
-            listen: self.relay.listen,
-            tls: self.tls_files()?,
-            limits,
-            rates,
-            trusted_proxy_header: self.relay.trusted_proxy_header.clone(),
-            store: self.relay.store.then(|| relay::StoreConfig {
-                folder: self.seed.data.join("events"),
-                max_bytes: self.relay.store_max_bytes,
-            }),
-            admission,
-            public_url: self.relay_url(),
-            announces,
-            dial_ledger: self.relay.dial_ledger,
-            page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
-            routes,
-        })
-    }
-
     /// The name of the room in which links with the seed are tried. Who knows it sees the addresses of who tries, so it
     /// follows from what only these settings hold; the processes of one Homeport find the same.
     pub(crate) fn check_room(&self) -> String {
@@ -440,14 +198,6 @@ impl Settings {
             None => Ok(RelayKey::generate()),
         }
     }
-}
-
-/// A public key as 64 digits of hex.
-fn public_key(text: &str) -> Result<[u8; 32], SettingsError> {
-    let mut key = [0; 32];
-    hex::decode_to_slice(text, &mut key)
-        .map(|()| key)
-        .map_err(|_| SettingsError::of("relay.allowed_pubkeys", format_args!("{text:?} is not 64 digits of hex")))
 }
 
 #[cfg(test)]

@@ -8,7 +8,13 @@ use serde_json::Value;
 use super::seed::{BackupSettings, CellsSettings, RoomSettings};
 use super::{AcmeSettings, Settings};
 
-const SOURCES: [&str; 3] = [include_str!("../settings.rs"), include_str!("seed.rs"), include_str!("turn.rs")];
+const SOURCES: [&str; 5] = [
+    include_str!("../settings.rs"),
+    include_str!("relay.rs"),
+    include_str!("seed.rs"),
+    include_str!("tls.rs"),
+    include_str!("turn.rs"),
+];
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/configuration.md");
 /// Says that the file is to be written instead of compared.
 const UPDATE: &str = "UPDATE_DOCS";
