@@ -74,6 +74,8 @@ before(async () => {
     'link set outside up', `addr add ${ADDRESS}/24 dev eth0`, 'link set eth0 up', 'route add default dev eth0']) {
     await run('ip', ['-n', namespace, ...words.split(' ')]);
   }
+  // The doctor's own sockets are not to have ports that a test closes.
+  await there('sysctl', '-qw', 'net.ipv4.ip_local_port_range=20000 40000');
   await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '90',
     '-keyout', file('ca.key'), '-out', file('ca.pem'), '-subj', '/CN=The test’s own authority']);
   await certify(HOST, '-days', '60');

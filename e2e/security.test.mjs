@@ -83,6 +83,8 @@ function suite(client, module, options) {
       await holds(ruler, `user:${one}`, { role: 'guest' });
       await assign(ruler, one, 'user');
       await holds(author, `user:${one}`, { role: 'user' });
+      // In both rooms of the database: the seed is to hear it from the author, not from who passes it on.
+      await eventually('links with the seed', async () => await homeport.metric('homeport_seed_links', 'room="signed"') === 4);
       for (let index = 0; index < 3; index++) await put(author, `n${index}`, { index, text: '☃ "quoted"', pi: 3.14159e-7 });
       for (let index = 0; index < 3; index++) await archived('signed', `n${index}`, { index });
       await close(ruler, author);

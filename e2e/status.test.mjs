@@ -1,11 +1,14 @@
 // The status page in Chromium: what it says, to whom, and that it loads nothing from elsewhere.
 import assert from 'node:assert/strict';
-import { mkdir } from 'node:fs/promises';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { mkdir, mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
-import { Homeport } from './lib/homeport.mjs';
+import { Homeport, binary, freePort } from './lib/homeport.mjs';
 
 const artifacts = join(dirname(fileURLToPath(import.meta.url)), 'artifacts');
 let homeport, pages, browser;
@@ -39,7 +42,7 @@ async function open(hash = '', options = {}) {
 test('a stranger sees that it works, and no names', async () => {
   const page = await open();
   assert.equal(await page.textContent('#verdict'), 'Everything works.');
-  assert.deepEqual(await page.$$eval('#services strong', names => names.map(name => name.textContent)), ['turn', 'relay', 'seed']);
+  assert.deepEqual(await page.$$eval('#services strong', names => names.map(name => name.textContent)), ['turn', 'relay', 'seed', 'tries from inside']);
   assert.equal(await page.isVisible('#rooms-section'), false);
   assert.ok(!(await page.content()).includes('notes'));
   assert.ok((await page.textContent('#snippet')).includes(`${homeport.httpUrl}/client-config.json`));
@@ -81,4 +84,57 @@ test('when it is down, the page says so, and when it is back too', async () => {
   await homeport.run();
   await until(page, 'good news', () => document.getElementById('verdict').textContent === 'Everything works.');
   await page.context().close();
+});
+
+test('of services that are separate processes, the page shows all, and which of them is gone', async () => {
+  const folder = await mkdtemp(join(tmpdir(), 'homeport-status-'));
+  const ports = { relay: await freePort(), turn: await freePort(), seed: await freePort() };
+  const watched = { relay: await freePort(), turn: await freePort(), seed: await freePort() };
+  const started = {};
+  const start = async service => {
+    const child = spawn(binary, [service], {
+      cwd: folder, stdio: ['ignore', 'pipe', 'inherit'],
+      env: {
+        ...process.env,
+        HOMEPORT_RELAY__LISTEN: `127.0.0.1:${ports.relay}`, HOMEPORT_TURN__LISTEN: `[::]:${ports.turn}`, HOMEPORT_SEED__LISTEN: `[::]:${ports.seed}`,
+        HOMEPORT_METRICS__LISTEN: `127.0.0.1:${watched[service]}`,
+        HOMEPORT_METRICS__OTHERS: JSON.stringify([`127.0.0.1:${watched.turn}`, `127.0.0.1:${watched.seed}`]),
+        HOMEPORT_SEED__RELAYS: `["ws://127.0.0.1:${ports.relay}/"]`, HOMEPORT_SEED__ROOM: '[{name="apart"}]',
+      },
+    });
+    started[service] = child;
+    let summary = '';
+    for await (const data of child.stdout) {
+      summary += data;
+      if (/metrics/.test(summary)) return;
+    }
+  };
+  const end = async service => {
+    const ended = once(started[service], 'exit');
+    started[service].kill('SIGTERM');
+    await ended;
+  };
+  try {
+    // The TURN server makes up the secret that the others then share.
+    await start('turn');
+    await start('relay');
+    await start('seed');
+    const page = await (await browser.newContext()).newPage();
+    page.errors = [];
+    await page.goto(`http://127.0.0.1:${ports.relay}/`);
+    const lists = names => until(page, names.join(), names =>
+      [...document.querySelectorAll('#services > li')].map(({ innerText }) => innerText.split('\n')[0]).join() === names.join(), names);
+    await lists(['relay works', 'tries from inside works', 'turn works', 'seed works']);
+    await until(page, 'the room', () => document.querySelector('#rooms > li')?.innerText.includes('apart'));
+    await end('turn');
+    await lists(['relay works', 'tries from inside works', 'turn down', 'seed works']);
+    assert.match(await page.textContent('#verdict'), /Not all is well: turn/);
+    await page.screenshot({ path: join(artifacts, 'status-turn-gone.png'), fullPage: true });
+    await start('turn');
+    await lists(['relay works', 'tries from inside works', 'turn works', 'seed works']);
+    await page.context().close();
+  } finally {
+    for (const [service, child] of Object.entries(started)) if (child.exitCode === null) await end(service);
+    await rm(folder, { recursive: true, force: true });
+  }
 });

@@ -122,7 +122,10 @@ export class Homeport {
         this.turnHost = turn[1];
         return;
       }
-      if (Date.now() > deadline) throw new Error(`homeport is not ready:\n${this.#log}`);
+      if (Date.now() > deadline) {
+        await this.kill();
+        throw new Error(`homeport is not ready:\n${this.#log}`);
+      }
       await new Promise(done => setTimeout(done, 25));
     }
   }

@@ -9,6 +9,7 @@ mod healthcheck;
 mod init;
 mod link_checks;
 mod logging;
+mod others;
 mod private_file;
 mod probe;
 mod reports;

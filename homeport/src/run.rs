@@ -14,6 +14,7 @@ use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
 use crate::client_config::{ClientConfig, printed};
 use crate::link_checks::Checks;
+use crate::others::Others;
 use crate::probe::meeting::MeetingPlace;
 use crate::probe::{self, Tries, TurnLogin, TurnTries};
 use crate::reports::Reports;
@@ -66,6 +67,9 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let mut telemetry: Vec<Telemetry> = Vec::new();
 
     let status = Status::new(settings.relay.status_token.clone(), settings.relay.listen.ip().is_loopback());
+    if !settings.metrics.others.is_empty() {
+        status.set_others(Others::new(&settings.metrics.others), settings.seed.data.clone());
+    }
     let watching = status.watch();
     let asking = match settings.acme().filter(|_| services.relay || services.turn) {
         Some(acme) => {

@@ -80,6 +80,8 @@ pub(crate) struct MetricsSettings {
     pub(crate) listen: SocketAddr,
     /// Whether each service of the process is tried out once a minute, as a client would.
     pub(crate) probe: bool,
+    /// Where other processes of this Homeport have their `metrics.listen`: the status page shows them as well.
+    pub(crate) others: Vec<SocketAddr>,
 }
 
 /// All addresses of this machine, of both families.
@@ -89,7 +91,7 @@ fn everywhere(port: u16) -> SocketAddr {
 
 impl Default for MetricsSettings {
     fn default() -> Self {
-        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)), probe: true }
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)), probe: true, others: Vec::new() }
     }
 }
 

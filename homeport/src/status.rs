@@ -4,6 +4,7 @@
 //! the relay listens on loopback alone.
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,12 +17,14 @@ use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
 use prometheus::proto::MetricFamily;
 use rand::Rng as _;
-use seed_peer::Rooms;
+use seed_peer::{RoomStatus, Rooms};
 use serde_json::{Value, json};
 use service::{State as PartState, Telemetry};
 use tokio::task::JoinHandle;
 
+use crate::admin::{AdminClient, Request, Response as AdminResponse};
 use crate::link_checks::{Checks, check_link};
+use crate::others::Others;
 use crate::turn_credentials::same;
 
 /// The page itself, which the relay serves at its root.
@@ -64,6 +67,8 @@ pub(crate) struct Status {
     rooms: OnceLock<Rooms>,
     /// Where a page may ask for a link with the seed.
     checks: OnceLock<Checks>,
+    /// Other processes, and the folder in which a seed among them can be asked for its rooms.
+    others: OnceLock<(Others, PathBuf)>,
     /// The numbers of this very second: however often somebody asks, they are gathered once.
     latest: Mutex<Option<(Instant, Sample)>>,
     samples: Mutex<VecDeque<Sample>>,
@@ -95,6 +100,33 @@ impl Status {
         let _ = self.checks.set(checks);
     }
 
+    /// There are other processes; a seed among them keeps its archive in `data`.
+    pub(crate) fn set_others(&self, others: Others, data: PathBuf) {
+        // They are set once.
+        let _ = self.others.set((others, data));
+    }
+
+    /// The rooms of the seed, in this process or another.
+    async fn rooms(&self) -> Vec<RoomStatus> {
+        if let Some(rooms) = self.rooms.get() {
+            // A seed that is shutting down has none any more.
+            return rooms.list().await.unwrap_or_default();
+        }
+        let Some(data) = self.others.get().map(|(_, data)| data.clone()) else { return Vec::new() };
+        let asking = tokio::task::spawn_blocking(move || match AdminClient::connect(&data)?.ask(&Request::List)? {
+            AdminResponse::Rooms { rooms } => Ok(rooms),
+            _ => anyhow::bail!("the seed answers something else"),
+        });
+        match asking.await {
+            Ok(Ok(rooms)) => rooms,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "the rooms of the seed");
+                Vec::new()
+            }
+            Err(_) => Vec::new(),
+        }
+    }
+
     /// Remembers numbers until the task is ended.
     pub(crate) fn watch(self: &Arc<Self>) -> JoinHandle<()> {
         let status = Arc::clone(self);
@@ -102,6 +134,9 @@ impl Status {
             let mut interval = tokio::time::interval(SAMPLE_INTERVAL);
             loop {
                 interval.tick().await;
+                if let Some((others, _)) = status.others.get() {
+                    others.look().await;
+                }
                 let sample = status.sample();
                 let mut samples = status.samples.lock().unwrap_or_else(PoisonError::into_inner);
                 samples.push_back(sample);
@@ -144,7 +179,9 @@ impl Status {
         let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let families: Vec<MetricFamily> =
             services.iter().flat_map(|(_, telemetry)| telemetry.registry.gather()).collect();
-        let of = |name: &str, labels: &[&str]| sum(&families, name, labels);
+        let of = |name: &str, labels: &[&str]| {
+            sum(&families, name, labels) + self.others.get().map_or(0.0, |(others, _)| others.sum(name, labels))
+        };
         let dials = "homeport_relay_dials_total";
         let outcomes = "homeport_seed_link_outcomes_total";
         let reported = "homeport_relay_reported_links_total";
@@ -189,7 +226,8 @@ impl Status {
                 .collect();
             Some(json!({ "name": name, "state": state, "parts": parts }))
         };
-        services.iter().filter_map(service).collect()
+        let others = self.others.get().map(|(others, _)| others.services(details));
+        services.iter().filter_map(service).chain(others.into_iter().flatten()).collect()
     }
 
     fn numbers(&self) -> Value {
@@ -239,11 +277,7 @@ fn sum(families: &[MetricFamily], name: &str, labels: &[&str]) -> f64 {
 
 async fn document(State(status): State<Arc<Status>>, headers: HeaderMap) -> Response {
     let details = status.shows_details(&headers);
-    let rooms = match status.rooms.get().filter(|_| details) {
-        // A seed that is shutting down has none any more.
-        Some(rooms) => rooms.list().await.unwrap_or_default(),
-        None => Vec::new(),
-    };
+    let rooms = if details { status.rooms().await } else { Vec::new() };
     let mut document = status.numbers();
     document["version"] = env!("CARGO_PKG_VERSION").into();
     document["details"] = details.into();

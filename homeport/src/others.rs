@@ -1,0 +1,186 @@
+//! The other processes of this Homeport: how they are, by what they say on their metrics listeners.
+
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+/// How long one may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(3);
+/// The longest answer that is read.
+const MAX_ANSWER: u64 = 4 << 20;
+
+/// The others, as they were when they were last looked at.
+#[derive(Debug)]
+pub(crate) struct Others(Mutex<Vec<Other>>);
+
+#[derive(Debug, Clone)]
+struct Other {
+    address: SocketAddr,
+    /// Which service it runs; not known before it has answered once.
+    name: Option<&'static str>,
+    /// Its parts as it names them, or why it does not answer.
+    parts: Result<Value, String>,
+    /// Its metrics, in Prometheus's text.
+    metrics: String,
+}
+
+impl Others {
+    pub(crate) fn new(addresses: &[SocketAddr]) -> Self {
+        let other = |address: &SocketAddr| Other {
+            address: *address,
+            name: None,
+            parts: Err("it was not asked yet".into()),
+            metrics: String::new(),
+        };
+        Self(Mutex::new(addresses.iter().map(other).collect()))
+    }
+
+    fn all(&self) -> Vec<Other> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks each how it is.
+    pub(crate) async fn look(&self) {
+        let mut all = self.all();
+        for other in &mut all {
+            match ask(other.address).await {
+                Ok((parts, metrics)) => {
+                    other.name = service_of(&metrics);
+                    (other.parts, other.metrics) = (Ok(parts), metrics);
+                }
+                Err(error) => {
+                    other.parts = Err(format!("{error:#}"));
+                    other.metrics.clear();
+                }
+            }
+        }
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = all;
+    }
+
+    /// How they are, in the form of `/status.json`; reasons are details.
+    pub(crate) fn services(&self, details: bool) -> Vec<Value> {
+        let service = |other: Other| {
+            let name = other.name.map_or_else(|| format!("the service at {}", other.address), str::to_owned);
+            let name = if details { name } else { other.name.unwrap_or("another service").to_owned() };
+            match other.parts {
+                Ok(parts) => {
+                    let state_of = |part: &Value| part["state"].as_str().unwrap_or("degraded").to_owned();
+                    let parts: Vec<Value> = parts
+                        .as_object()
+                        .into_iter()
+                        .flatten()
+                        .map(|(part, how)| {
+                            let reason = details.then(|| how["reason"].clone()).filter(|reason| !reason.is_null());
+                            json!({ "name": part, "state": state_of(how), "reason": reason })
+                        })
+                        .collect();
+                    let states: Vec<String> = parts.iter().map(state_of).collect();
+                    let worst =
+                        ["degraded", "starting"].into_iter().find(|bad| states.iter().any(|state| state == bad));
+                    json!({ "name": name, "state": worst.unwrap_or("ok"), "parts": parts })
+                }
+                Err(reason) => {
+                    let part = json!({ "name": "the process", "state": "down", "reason": details.then_some(reason) });
+                    json!({ "name": name, "state": "down", "parts": [part] })
+                }
+            }
+        };
+        self.all().into_iter().map(service).collect()
+    }
+
+    /// The sum of a metric's series over all, of those with one of `labels` as the value of a label if there are any.
+    pub(crate) fn sum(&self, name: &str, labels: &[&str]) -> f64 {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|other| sum(&other.metrics, name, labels)).sum()
+    }
+}
+
+fn sum(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+    let series = metrics.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        // The name may be the beginning of another.
+        let (described, value) = rest.rsplit_once(' ')?;
+        let is_it = described.is_empty() || described.starts_with('{');
+        let fits = labels.is_empty() || labels.iter().any(|label| described.contains(&format!("=\"{label}\"")));
+        (is_it && fits).then_some(value)
+    });
+    series.filter_map(|value| value.parse::<f64>().ok()).sum()
+}
+
+/// The service whose metrics these are; of several in one process, the first.
+fn service_of(metrics: &str) -> Option<&'static str> {
+    ["relay", "turn", "seed"]
+        .into_iter()
+        .find(|service| metrics.lines().any(|line| line.starts_with(&format!("homeport_{service}_"))))
+}
+
+async fn ask(address: SocketAddr) -> anyhow::Result<(Value, String)> {
+    #[derive(Deserialize)]
+    struct Report {
+        parts: Value,
+    }
+    let report: Report =
+        serde_json::from_str(&get(address, "/healthz").await?).context("what answers there is no Homeport")?;
+    Ok((report.parts, get(address, "/metrics").await?))
+}
+
+async fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
+    let asking = async {
+        let mut stream = TcpStream::connect(address).await?;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(MAX_ANSWER).read_to_string(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = tokio::time::timeout(TIMEOUT, asking).await.context("it does not answer")??;
+    match answer.split_once("\r\n\r\n") {
+        Some((head, body)) if head.split(' ').nth(1) == Some("200") => Ok(body.to_owned()),
+        _ => bail!("it does not answer as homeport does"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_as_prometheus_writes_them() {
+        let text = "# HELP homeport_seed_links x\nhomeport_seed_links{room=\"a\"} 3\nhomeport_seed_links{room=\"b\"} 4\n\
+                    homeport_seed_links_more 100\nhomeport_seed_nodes 7\n";
+        assert_eq!(sum(text, "homeport_seed_links", &[]), 7.0);
+        assert_eq!(sum(text, "homeport_seed_links", &["b", "c"]), 4.0);
+        assert_eq!(sum(text, "homeport_seed_nodes", &[]), 7.0);
+        assert_eq!(sum(text, "homeport_turn_allocations", &[]), 0.0);
+        assert_eq!(service_of(text), Some("seed"));
+    }
+
+    #[tokio::test]
+    async fn another_is_shown_as_it_is_and_when_it_is_gone() {
+        let telemetry = service::Telemetry::default();
+        let links = prometheus::IntGauge::new("homeport_seed_links", "x").unwrap();
+        telemetry.registry.register(Box::new(links.clone())).unwrap();
+        links.set(5);
+        telemetry.health.set("archive", service::State::Degraded("the disk at /secret is full".into()));
+        let server = service::MetricsServer::bind("127.0.0.1:0".parse().unwrap(), vec![telemetry]).unwrap();
+        let others = Others::new(&[server.address()]);
+        others.look().await;
+        assert_eq!(others.sum("homeport_seed_links", &[]), 5.0);
+        let shown = json!(others.services(true)).to_string();
+        assert!(shown.contains("\"seed\"") && shown.contains("degraded") && shown.contains("/secret"), "{shown}");
+        assert!(!json!(others.services(false)).to_string().contains("/secret"));
+        server.shutdown().await;
+        others.look().await;
+        assert_eq!(others.services(false)[0]["state"], "down");
+        assert_eq!(
+            (others.services(false)[0]["name"].as_str(), others.sum("homeport_seed_links", &[])),
+            (Some("seed"), 0.0)
+        );
+    }
+}
