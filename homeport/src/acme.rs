@@ -72,6 +72,15 @@ impl Challenges {
     }
 }
 
+/// A listener for the authority, for as long as this is held.
+struct Answering(JoinHandle<()>);
+
+impl Drop for Answering {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 /// Keeps a certificate in the folder until it is ended.
 pub(crate) struct Acme {
     settings: AcmeSettings,
@@ -81,32 +90,61 @@ pub(crate) struct Acme {
 }
 
 impl Acme {
-    /// Starts to answer the authority and to keep a certificate. The tasks run until they are aborted.
-    pub(crate) fn start(
-        settings: AcmeSettings,
-        folder: AcmeFolder,
-    ) -> anyhow::Result<(Telemetry, Vec<JoinHandle<()>>)> {
+    /// Starts to answer the authority and to keep a certificate, unless another process does so; then this one takes over
+    /// when that ends. The task runs until it is aborted.
+    pub(crate) fn start(settings: AcmeSettings, folder: AcmeFolder) -> anyhow::Result<(Telemetry, JoinHandle<()>)> {
         fs::create_dir_all(&folder.0).with_context(|| format!("cannot make {}", folder.0.display()))?;
+        let path = folder.0.join("lock");
+        let lock = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
+        let telemetry = Telemetry::default();
         let challenges = Challenges::default();
-        let listener = WebListener::new(listen::tcp("tls.acme.listen", settings.listen)?, None, MAX_CONNECTIONS)?;
+        let acme = Self { settings, folder, challenges, telemetry: telemetry.clone() };
+        // Who asks must be able to answer: better said at the start than later.
+        let answering = match lock.try_lock() {
+            Ok(()) => Some(acme.answer()?),
+            Err(TryLockError::WouldBlock) => None,
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
+        };
+        // The other one says how it goes.
+        telemetry.health.set(PART, if answering.is_some() { PartState::Starting } else { PartState::Ok });
+        Ok((telemetry, tokio::spawn(acme.run(lock, answering))))
+    }
+
+    /// Listens for the authority.
+    fn answer(&self) -> anyhow::Result<Answering> {
+        let listener = listen::tcp("tls.acme.listen", self.settings.listen)?;
+        let listener = WebListener::new(listener, None, MAX_CONNECTIONS)?;
         let routes = Router::new()
             .route("/.well-known/acme-challenge/{token}", get(show))
             .fallback(to_https)
-            .with_state(challenges.clone());
-        let answering = tokio::spawn(async move {
+            .with_state(self.challenges.clone());
+        Ok(Answering(tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
                 tracing::error!(%error, "the listener of tls.acme.listen has ended");
             }
-        });
-        let telemetry = Telemetry::default();
-        telemetry.health.set(PART, PartState::Starting);
-        let acme = Self { settings, folder, challenges, telemetry: telemetry.clone() };
-        let keeping = tokio::spawn(async move { acme.keep().await });
-        Ok((telemetry, vec![answering, keeping]))
+        })))
     }
 
-    async fn keep(self) {
-        let Some(_lock) = self.lock().await else { return };
+    async fn run(self, lock: File, mut answering: Option<Answering>) {
+        while answering.is_none() {
+            tokio::time::sleep(OTHERS_INTERVAL).await;
+            if lock.try_lock().is_err() {
+                continue;
+            }
+            match self.answer() {
+                Ok(listening) => answering = Some(listening),
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "the certificate authority cannot be answered");
+                    self.telemetry.health.set(PART, PartState::Degraded(format!("{error:#}")));
+                }
+            }
+        }
+        self.keep().await;
+    }
+
+    async fn keep(&self) {
         let mut retry = RETRY.0;
         loop {
             let left = self.time_left();
@@ -131,31 +169,6 @@ impl Acme {
                 }
             }
             self.challenges.set(HashMap::new());
-        }
-    }
-
-    /// The lock of who asks; waits while that is another process. `None` when there can be none.
-    async fn lock(&self) -> Option<File> {
-        let file = File::create(self.folder.0.join("lock"))
-            .inspect_err(|error| {
-                tracing::error!(%error, "cannot write in the folder of certificates");
-                self.telemetry.health.set(PART, PartState::Degraded(error.to_string()));
-            })
-            .ok()?;
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Some(file),
-                Err(TryLockError::WouldBlock) => {
-                    // The other one says how it goes.
-                    self.telemetry.health.set(PART, PartState::Ok);
-                    tokio::time::sleep(OTHERS_INTERVAL).await;
-                }
-                Err(TryLockError::Error(error)) => {
-                    tracing::error!(%error, "cannot lock the folder of certificates");
-                    self.telemetry.health.set(PART, PartState::Degraded(error.to_string()));
-                    return None;
-                }
-            }
         }
     }
 
@@ -289,6 +302,25 @@ mod tests {
             challenges: Challenges::default(),
             telemetry: Telemetry::default(),
         }
+    }
+
+    #[tokio::test]
+    async fn of_two_processes_one_answers_and_asks() {
+        let folder = tempfile::tempdir().unwrap();
+        let other = File::create(folder.path().join("lock")).unwrap();
+        other.try_lock().unwrap();
+        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let settings = AcmeSettings {
+            domains: vec!["a.example".into()],
+            listen: taken.local_addr().unwrap(),
+            ..AcmeSettings::default()
+        };
+        let start = || Acme::start(settings.clone(), AcmeFolder(folder.path().to_owned()));
+        let (telemetry, task) = start().unwrap();
+        assert_eq!(telemetry.health.parts()[PART], PartState::Ok, "the port is the other's, and so is the certificate");
+        task.abort();
+        drop(other);
+        assert!(start().unwrap_err().to_string().contains("tls.acme.listen"));
     }
 
     #[test]

@@ -73,12 +73,12 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let watching = status.watch();
     let asking = match settings.acme().filter(|_| services.relay || services.turn) {
         Some(acme) => {
-            let (asked, tasks) = Acme::start(acme.clone(), AcmeFolder::in_data(&settings.seed.data))?;
+            let (asked, task) = Acme::start(acme.clone(), AcmeFolder::in_data(&settings.seed.data))?;
             status.add(Some("certificate"), asked.clone());
             telemetry.push(asked);
-            tasks
+            Some(task)
         }
-        None => Vec::new(),
+        None => None,
     };
     let turn = if services.turn {
         let server = turn_server::Server::bind(settings.turn()?).await?;
