@@ -16,7 +16,7 @@ if (reason) console.log(`the connection check behind a NAT: skipped, ${reason}`)
 const opener = join(dirname(fileURLToPath(import.meta.url)), 'lib/open-check.mjs');
 
 for (const [kind, masquerade, said] of [
-  ['keeps one address for all', [], /keeps one for all whom you talk to: direct connections mostly work/],
+  ['keeps one address for all', [], /Others see you under one address, whichever way you take/],
   ['makes one for everybody', ['--random-fully'], /anew for everybody you talk to \(symmetric\): direct connections are rare/],
 ]) {
   test(`a NAT that ${kind} is told of as such, and everything works through it`, { skip: reason }, async () => {

@@ -105,7 +105,7 @@ async function stun(servers) {
   const urls = servers.flatMap(server => server.urls).filter(url => url.startsWith('stun:'));
   if (urls.length === 0) return { skipped: true, text: 'This server names no STUN server.' };
   const { kinds, unreachable } = await gather([{ urls }]);
-  if (kinds.has('srflx')) return { text: 'Your network translates addresses (NAT), and the server sees where you come from.' };
+  if (kinds.has('srflx')) return { text: 'The server answers over UDP, and sees where you come from.' };
   if (unreachable) throw new Error('The server does not answer over UDP: this network may block it.');
   return { text: 'Nothing stands between you and the server.' };
 }
@@ -179,15 +179,16 @@ async function seed(servers) {
 }
 
 /**
- * What kind of NAT is on the way. The seed's port says how it sees this page, as STUN has said before at another port: as it
- * sees itself, as STUN saw it, or under an address made up for this very way.
+ * What kind of NAT is on the way. The seed's port says how it sees this page: as the page sees itself, as STUN saw it at
+ * another port, or under an address made up for this very way.
  */
 async function nat(connection) {
   const stats = await connection.getStats();
   const pair = [...stats.values()].find(one => one.type === 'candidate-pair' && one.nominated && one.state === 'succeeded');
   return {
     host: 'Nothing on the way translates addresses.',
-    srflx: 'Your network translates addresses (NAT) and keeps one for all whom you talk to: direct connections mostly work.',
+    // Browsers hide their own address from pages, so that these two cannot be told apart.
+    srflx: 'Others see you under one address, whichever way you take: there is no NAT, or one that keeps an address for all. Direct connections mostly work.',
     prflx: 'Your network translates addresses (NAT) anew for everybody you talk to (symmetric): direct connections are rare, and TURN is needed.',
   }[stats.get(pair?.localCandidateId)?.candidateType] ?? '';
 }
