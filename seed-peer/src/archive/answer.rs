@@ -1,5 +1,6 @@
 //! What the archive answers to a peer's `sync`: the operations that it lacks, or the whole state.
 
+mod judged_alone;
 mod signature;
 
 use std::fmt::Write as _;
@@ -8,6 +9,7 @@ use genosdb::clock::MAX_DRIFT_MS;
 use genosdb::json::JsonString;
 use genosdb::signature::Identity;
 use genosdb::{ChannelName, Hlc, JsonWriter, Message};
+use judged_alone::JudgedAlone;
 use rusqlite::{Connection, Row, params};
 
 use super::graph::{RoomState, signed, unsigned};
@@ -69,8 +71,8 @@ fn first_unknown(connection: &Connection, room: &RoomState, timestamp: Hlc) -> r
     Ok(first.map_or(room.seq + 1, unsigned))
 }
 
-/// The log from the entry `from` on; `None` when that is more than `max_bytes`, no longer there, or holds what no
-/// operation can say.
+/// The log from the entry `from` on; `None` when that is more than `max_bytes`, no longer there, holds what no
+/// operation can say, or what a peer that checks signatures might judge by what it does not know yet.
 pub(crate) fn delta(
     connection: &Connection,
     room: &RoomState,
@@ -85,6 +87,7 @@ pub(crate) fn delta(
         connection.prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
     let mut rows = select.query(params![room.id, signed(from)])?;
     let mut expected = from;
+    let mut judged = identity.map(|_| JudgedAlone::default());
     while let Some(row) = rows.next()? {
         if unsigned(row.get(0)?) != expected || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {
             return Ok(None);
@@ -93,7 +96,11 @@ pub(crate) fn delta(
             text.push_str(",");
         }
         expected += 1;
-        text.push_str(row.get_ref(2)?.as_str()?);
+        let operation = row.get_ref(2)?.as_str()?;
+        if judged.as_mut().is_some_and(|judged| !judged.takes(operation)) {
+            return Ok(None);
+        }
+        text.push_str(operation);
     }
     if expected != room.seq + 1 {
         return Ok(None);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use futures_util::{SinkExt as _, StreamExt as _};
 use genosdb::envelope::Letter;
 use genosdb::frame::{Frame, Nonces};
+use genosdb::json::JsonString;
 use genosdb::operation::{DeltaSync, Sync};
 use genosdb::{
     APP_ID, Batch, CellIndex, ChannelName, Clock, Content, Envelope, Limits, MemoryGraph, Message, Operation, PeerId,
@@ -51,8 +52,16 @@ pub(crate) struct View {
     pub(crate) ponged: Vec<PeerId>,
 }
 
-/// Nodes that were written, and when the other side's transport had them.
-pub(crate) type Acknowledged = Arc<Mutex<Vec<(String, Instant)>>>;
+/// The nodes that somebody has served back to who wrote them.
+pub(crate) type Acknowledged = Arc<Mutex<HashSet<String>>>;
+
+/// Writes on and on, and asks again and again for what has come of it.
+struct Pump {
+    written: usize,
+    /// Whether a question waits for its answer.
+    asked: bool,
+    acknowledged: Acknowledged,
+}
 
 enum Command {
     Write(String),
@@ -139,7 +148,6 @@ impl Client {
             skew_ms: 0,
             keeps_to_the_seed: false,
             pump: None,
-            pumped: Vec::new(),
             view: View { graph, ..View::default() },
             links: HashMap::new(),
             log: Vec::new(),
@@ -193,7 +201,8 @@ impl Client {
         self.commands.send(Command::Skew(ms)).unwrap();
     }
 
-    /// From now on writes a node every few milliseconds, called after `self`'s id and a number.
+    /// From now on writes a node every few milliseconds, called after `self`'s id and a number, and sees what answers
+    /// to its questions hold of them.
     pub(crate) fn pump(&self) -> Acknowledged {
         let acknowledged = Acknowledged::default();
         self.commands.send(Command::Pump(Arc::clone(&acknowledged))).unwrap();
@@ -322,9 +331,7 @@ struct Peer {
     relay: String,
     skew_ms: i64,
     keeps_to_the_seed: bool,
-    pump: Option<Acknowledged>,
-    /// What was pumped and not acknowledged yet.
-    pumped: Vec<String>,
+    pump: Option<Pump>,
     clock: Clock,
     views: watch::Sender<View>,
     view: View,
@@ -348,6 +355,7 @@ impl Peer {
         let (event_sender, mut events) = mpsc::unbounded_channel();
         let mut announce = tokio::time::interval(Duration::from_millis(2_500));
         let mut pump = tokio::time::interval(Duration::from_millis(4));
+        pump.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut look = tokio::time::interval(Duration::from_millis(200));
         loop {
             let mut out: Vec<(genosdb::Topic, Signal)> = Vec::new();
@@ -378,7 +386,9 @@ impl Peer {
                     Some(Command::Stutter) => self.cells.as_mut().unwrap().stutters = true,
                     Some(Command::KeepToTheSeed) => self.keeps_to_the_seed = true,
                     Some(Command::Skew(ms)) => self.skew_ms = ms,
-                    Some(Command::Pump(acknowledged)) => self.pump = Some(acknowledged),
+                    Some(Command::Pump(acknowledged)) => {
+                        self.pump = Some(Pump { written: 0, asked: false, acknowledged });
+                    }
                     Some(Command::Lie) => self.cells.as_mut().unwrap().lies = true,
                     Some(Command::Leave) | None => {
                         socket.send(sign(&keys, &root, &Signal::Bye { peer: self.id })).await.unwrap();
@@ -616,6 +626,10 @@ impl Peer {
                 let Some(link) = self.links.get_mut(&peer) else { return };
                 link.channel = Some(channel);
                 self.view.linked.push(peer);
+                if let Some(pump) = &mut self.pump {
+                    // What was asked on a link before this one may have been lost with it.
+                    pump.asked = false;
+                }
                 // Sent to everyone whenever a peer joins.
                 let sync = Operation::Sync(Sync { timestamp: self.view.graph.latest(), extra: Vec::new() });
                 self.broadcast(&[sync]).await;
@@ -671,11 +685,16 @@ impl Peer {
                     self.broadcast(&[answer]).await;
                 }
                 Operation::DeltaSync(delta) => {
+                    self.acknowledge(delta.operations.iter().filter_map(|operation| match operation {
+                        Operation::Upsert(upsert) => Some(&upsert.id),
+                        _ => None,
+                    }));
                     for operation in &delta.operations {
                         self.graph().apply(operation, wall_ms);
                     }
                 }
                 Operation::FullStateSync(state) => {
+                    self.acknowledge(state.nodes.iter().map(|node| &node.id));
                     if self.graph().merge(&state, wall_ms).sender_lacks {
                         let answer = Operation::FullStateSync(self.view.graph.full_state());
                         self.broadcast(&[answer]).await;
@@ -723,22 +742,24 @@ impl Peer {
         wall_ms().saturating_add_signed(self.skew_ms)
     }
 
-    /// Writes one more node, and sees what has got through.
+    /// Writes one more node, and asks for what has come of all unless that was asked already.
     async fn pump_on(&mut self) {
-        let Some(acknowledged) = self.pump.clone() else { return };
-        let mut waiting = 0;
-        for link in self.links.values() {
-            if let Some(channel) = &link.channel {
-                waiting += channel.buffered_amount().await;
-            }
+        let Some(pump) = &mut self.pump else { return };
+        pump.written += 1;
+        let asks = !std::mem::replace(&mut pump.asked, true);
+        let script = format!("put {}-{} {{\"pumped\":true}}", self.id, pump.written);
+        self.write(&script).await;
+        if asks {
+            let sync = Operation::Sync(Sync { timestamp: self.view.graph.latest(), extra: Vec::new() });
+            self.broadcast(&[sync]).await;
         }
-        if waiting == 0 {
-            let now = Instant::now();
-            acknowledged.lock().unwrap().extend(self.pumped.drain(..).map(|id| (id, now)));
-        }
-        let id = format!("{}-{}", self.id, self.log.len() + acknowledged.lock().unwrap().len());
-        self.write(&format!("put {id} {{\"pumped\":true}}")).await;
-        self.pumped.push(id);
+    }
+
+    /// Takes note of what somebody else holds.
+    fn acknowledge<'a>(&mut self, ids: impl Iterator<Item = &'a JsonString>) {
+        let Some(pump) = &mut self.pump else { return };
+        pump.asked = false;
+        pump.acknowledged.lock().unwrap().extend(ids.map(|id| id.to_text()));
     }
 
     async fn broadcast(&mut self, operations: &[Operation]) {
