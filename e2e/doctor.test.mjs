@@ -9,7 +9,7 @@ import { once } from 'node:events';
 import { after, before, test } from 'node:test';
 import { promisify } from 'node:util';
 import { binary } from './lib/homeport.mjs';
-import { unable } from './lib/nat.mjs';
+import { unable } from './nat/lab.mjs';
 
 const run = promisify(execFile);
 const [HOST, ADDRESS, ELSEWHERE] = ['relay.homeport.test', '45.79.10.10', '45.79.10.99'];

@@ -163,6 +163,7 @@ async fn fill(data: &Path, args: &Args, identity: Option<Arc<Identity>>) -> anyh
         keep: None,
         message_bytes: 64 << 20,
         operations_per_second: 0,
+        pass_on: true,
         max_links: 16,
         check_room: None,
         backup: None,

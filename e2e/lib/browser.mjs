@@ -29,9 +29,9 @@ export async function servePages(folders = {}) {
   };
 }
 
-export async function launchChromium(flags = []) {
+export async function launchChromium(flags = [], executablePath = process.env.CHROMIUM ?? '/usr/bin/chromium') {
   return chromium.launch({
-    executablePath: process.env.CHROMIUM ?? '/usr/bin/chromium',
+    executablePath,
     headless: true,
     args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
       '--disable-component-update', '--disable-sync', ...flags],

@@ -98,6 +98,8 @@ pub(crate) enum Asker {
     Link(LinkId),
     /// Somebody in a room whom no link reaches: the answer goes to everybody.
     Room(RoomId),
+    /// The seed itself, for everybody who is linked with it in a room.
+    Linked(RoomId),
 }
 
 /// What a peer sent.
@@ -139,12 +141,21 @@ enum Request {
     Govern { room: RoomKey, wall_ms: u64 },
 }
 
-/// A peer's `sync`.
+/// A peer's `sync`, or what takes its place.
 #[derive(Debug, Clone, Copy)]
 struct Question {
     room: RoomKey,
     asker: Asker,
-    known: Known,
+    wanted: Wanted,
+}
+
+/// What is to be answered.
+#[derive(Debug, Clone, Copy)]
+enum Wanted {
+    /// What a peer lacks that knows so much.
+    Since(Known),
+    /// The operations from a log entry on.
+    Live(u64),
 }
 
 /// What the archive has to say.
@@ -156,6 +167,8 @@ pub(crate) enum Reply {
     RoomLacks { room: RoomId },
     /// The highest timestamp of a room has changed.
     Latest { room: RoomKey, latest: Hlc },
+    /// What peers have sent is in a room's log, from the entry `first` to `last`.
+    Logged { room: RoomKey, first: u64, last: u64 },
     /// The seed itself has written to a room: tell its peers.
     Wrote { room: RoomKey, message: Message },
     /// Messages of a room were dropped while the disk refused: ask its peers for everything.
@@ -287,7 +300,17 @@ impl Archive {
 
     /// Asks for the answer to a peer's `sync`. Returns whether there was room for the question.
     pub(crate) fn answer(&self, room: RoomKey, asker: Asker, known: Known) -> bool {
-        let question = Question { room, asker, known };
+        self.question(Question { room, asker, wanted: Wanted::Since(known) })
+    }
+
+    /// Asks for the operations from the log entry `first` on, for everybody who is linked in `id`. Returns whether there
+    /// was room for the question.
+    pub(crate) fn live(&self, room: RoomKey, id: RoomId, first: u64) -> bool {
+        self.question(Question { room, asker: Asker::Linked(id), wanted: Wanted::Live(first) })
+    }
+
+    fn question(&self, question: Question) -> bool {
+        let room = question.room;
         match self.verifier.as_ref().filter(|_| self.ruled.contains(&room)) {
             Some(verifier) => verifier.hand_over(room, Task::Pass(question)),
             None => self.requests.try_send(Request::Answer(question)).is_ok(),

@@ -366,6 +366,11 @@ impl Link {
         self.write();
     }
 
+    /// Whether messages wait for the peer to take those before them.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.sending.is_empty()
+    }
+
     /// Writes frames while the peer takes them.
     fn write(&mut self) {
         let Some(id) = self.channel else { return };

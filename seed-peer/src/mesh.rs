@@ -3,6 +3,7 @@
 mod checks;
 mod databases;
 mod linking;
+mod live;
 mod messages;
 mod room;
 
@@ -74,6 +75,8 @@ pub(crate) struct Mesh {
     pub(crate) identity: Option<Arc<Identity>>,
     pub(crate) max_links: usize,
     pub(crate) operations_per_second: u32,
+    /// Whether what one peer writes is sent to the others of a full mesh.
+    pub(crate) pass_on: bool,
     /// Where links are tried.
     pub(crate) check_room: Option<CheckRoom>,
     pub(crate) signalling: Signalling,
@@ -180,6 +183,7 @@ impl Mesh {
             actions.push((member.id(), its_actions));
         }
         let answer = room.room_answers.due(now);
+        let (live, behind) = (room.live.due(now), room.live.behind(now));
         let (archive, is_due) = (room.archive, room.roster.is_due(now));
         let governs = room.governor.as_mut().is_some_and(|governor| governor.is_due(now));
         let is_unfinished = room.cells.as_ref().is_some_and(|cells| cells.is_unfinished(now));
@@ -191,6 +195,13 @@ impl Mesh {
         if let Some(known) = answer {
             self.archive.answer(archive, crate::archive::Asker::Room(id), known);
         }
+        if let Some(first) = live
+            && !self.archive.live(archive, id, first)
+            && let Some(room) = self.state.rooms.get_mut(&id)
+        {
+            room.live.sent(first.saturating_sub(1), now);
+        }
+        self.catch_up(now, id, behind);
         if governs {
             self.archive.govern(archive, wall_ms());
         }

@@ -27,6 +27,7 @@ pub(crate) struct Metrics {
     pub(crate) rulings: IntCounter,
     pub(crate) answers: IntCounterVec,
     pub(crate) cached_answers: IntCounter,
+    pub(crate) passed_on: IntCounter,
     pub(crate) nodes: IntGaugeVec,
     pub(crate) node_bytes: IntGaugeVec,
     pub(crate) logged: IntGaugeVec,
@@ -170,6 +171,13 @@ impl Metrics {
                 IntCounter::new(
                     "homeport_seed_cached_answers_total",
                     "Whole states that were sent from memory, with the operations since.",
+                )?,
+            )?,
+            passed_on: add(
+                registry,
+                IntCounter::new(
+                    "homeport_seed_passed_on_messages_total",
+                    "Messages with what one peer of a full mesh has written, to another, by link.",
                 )?,
             )?,
             nodes: gauges("homeport_seed_nodes", "Nodes in the archive, by room.")?,

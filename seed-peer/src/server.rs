@@ -88,6 +88,8 @@ pub struct Config {
     /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant. 0 is
     /// without limit. Default 1,000.
     pub operations_per_second: u32,
+    /// Whether what one peer of a full mesh writes is sent to the others as well, for those without a link. Default true.
+    pub pass_on: bool,
     /// Links at a time, over all rooms. Default 4,096.
     pub max_links: usize,
     /// When and where to back the archive up.
@@ -197,6 +199,7 @@ impl Server {
             identity: config.identity,
             max_links: config.max_links,
             operations_per_second: config.operations_per_second,
+            pass_on: config.pass_on,
             check_room: config.check_room.as_deref().map(CheckRoom::new),
             signalling,
             archive,

@@ -54,6 +54,9 @@ pub(crate) struct SeedSettings {
     /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant; `0`
     /// sets no limit.
     operations_per_second: u32,
+    /// Whether what one peer of a full mesh writes is sent to the others as well, a quarter of a second later, for those
+    /// who could not be linked with it. Costs each of them the same traffic once more.
+    pass_on: bool,
     /// Bytes of a node's value.
     max_value_bytes: usize,
     /// Nodes of one room.
@@ -153,6 +156,7 @@ impl Default for SeedSettings {
             max_links: 4_096,
             max_message_bytes: 64 << 20,
             operations_per_second: 1_000,
+            pass_on: true,
             max_value_bytes: bounds.value_bytes,
             max_nodes: bounds.nodes,
             max_room_bytes: bounds.room_bytes,
@@ -481,6 +485,7 @@ impl Settings {
             keep: self.seed.keep()?,
             message_bytes: self.seed.max_message_bytes,
             operations_per_second: self.seed.operations_per_second,
+            pass_on: self.seed.pass_on,
             max_links: self.seed.max_links,
             check_room: Some(self.check_room()),
             backup: self.seed.backup()?,

@@ -22,6 +22,9 @@ const NODE_FRAME_BYTES: u64 = 90;
 /// So many bytes of operations are sent as a delta whatever the size of the room.
 const SMALL_DELTA_BYTES: u64 = 50_000;
 
+/// Bytes of operations that everybody is sent at a time.
+const LIVE_BYTES: u64 = 256 << 10;
+
 /// What a peer said that it knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Known {
@@ -73,41 +76,96 @@ fn first_unknown(connection: &Connection, room: &RoomState, timestamp: Hlc) -> r
 
 /// The log from the entry `from` on; `None` when that is more than `max_bytes`, no longer there, holds what no
 /// operation can say, or what a peer that checks signatures might judge by what it does not know yet.
-pub(crate) fn delta(
+pub(super) fn delta(
     connection: &Connection,
     room: &RoomState,
     from: u64,
     max_bytes: u64,
     identity: Option<&Identity>,
 ) -> rusqlite::Result<Option<Message>> {
-    let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
-    let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
-    text.push_str(r#"[{"type":"deltaSync","operations":["#);
-    let mut select =
-        connection.prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
-    let mut rows = select.query(params![room.id, signed(from)])?;
-    let mut expected = from;
-    let mut judged = identity.map(|_| JudgedAlone::default());
-    while let Some(row) = rows.next()? {
-        if unsigned(row.get(0)?) != expected || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {
-            return Ok(None);
-        }
-        if expected > from {
-            text.push_str(",");
-        }
-        expected += 1;
-        let operation = row.get_ref(2)?.as_str()?;
-        if judged.as_mut().is_some_and(|judged| !judged.takes(operation)) {
-            return Ok(None);
-        }
-        text.push_str(operation);
+    let run = Run::read(connection, room, from, max_bytes, identity)?;
+    (run.next == room.seq + 1).then(|| run.finish(connection, room, identity)).transpose()
+}
+
+/// What everybody is sent of the log from the entry `from` on, unasked.
+pub(super) enum Live {
+    /// A delta, and the last entry that is seen to with it.
+    Operations(Option<Message>, u64),
+    /// A node that came with the state of a peer is no operation: the whole state, which is small.
+    State,
+}
+
+/// What everybody is to be sent from the log entry `from` on. In a large room, nodes that came with a peer's state are
+/// left out; peers have them when they next ask.
+pub(super) fn live(
+    connection: &Connection,
+    room: &RoomState,
+    from: u64,
+    identity: Option<&Identity>,
+) -> rusqlite::Result<Live> {
+    let first: Option<i64> = connection
+        .prepare_cached("SELECT min(seq) FROM log WHERE room = ? AND seq >= ? AND kind = 0")?
+        .query_row(params![room.id, signed(from)], |row| row.get(0))?;
+    if first.is_none_or(|first| unsigned(first) > from) && room.nodes <= SMALL_ROOM_NODES && room.bytes <= LIVE_BYTES {
+        return Ok(Live::State);
     }
-    if expected != room.seq + 1 {
-        return Ok(None);
+    let Some(first) = first else { return Ok(Live::Operations(None, room.seq)) };
+    let run = Run::read(connection, room, unsigned(first), LIVE_BYTES, identity)?;
+    let last = run.next.saturating_sub(1);
+    Ok(Live::Operations(Some(run.finish(connection, room, identity)?), last))
+}
+
+/// Operations that follow one another in the log, printed as a delta that is not finished.
+struct Run {
+    text: JsonWriter,
+    first: u64,
+    /// The first entry that is not in it.
+    next: u64,
+}
+
+impl Run {
+    fn read(
+        connection: &Connection,
+        room: &RoomState,
+        first: u64,
+        max_bytes: u64,
+        identity: Option<&Identity>,
+    ) -> rusqlite::Result<Self> {
+        let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
+        let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
+        text.push_str(r#"[{"type":"deltaSync","operations":["#);
+        let mut judged = identity.map(|_| JudgedAlone::default());
+        let mut next = first;
+        let mut select =
+            connection.prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
+        let mut rows = select.query(params![room.id, signed(first)])?;
+        while let Some(row) = rows.next()? {
+            if unsigned(row.get(0)?) != next || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {
+                break;
+            }
+            let operation = row.get_ref(2)?.as_str()?;
+            if judged.as_mut().is_some_and(|judged| !judged.takes(operation)) {
+                break;
+            }
+            if next > first {
+                text.push_str(",");
+            }
+            text.push_str(operation);
+            next += 1;
+        }
+        Ok(Self { text, first, next })
     }
-    let signature = signature::of_delta(connection, room, from, identity)?;
-    let _ = write!(text, r#"],"timestamp":{}{signature}}}]"#, timestamp(room.latest));
-    Ok(Some(text.finish()))
+
+    fn finish(
+        mut self,
+        connection: &Connection,
+        room: &RoomState,
+        identity: Option<&Identity>,
+    ) -> rusqlite::Result<Message> {
+        let signature = signature::of_delta(connection, room, self.first..self.next, identity)?;
+        let _ = write!(self.text, r#"],"timestamp":{}{signature}}}]"#, timestamp(room.latest));
+        Ok(self.text.finish())
+    }
 }
 
 /// The whole room, read from disk row by row.

@@ -11,7 +11,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::graph::RoomState;
 use super::schema::{ArchiveFile, OpenError};
-use super::{Question, Reply, RoomKey, answer, room_rows};
+use super::{Question, Reply, RoomKey, Wanted, answer, room_rows};
 use crate::metrics::Metrics;
 
 /// Bytes of whole states that are kept ready to be sent, deflated.
@@ -119,8 +119,17 @@ impl Answers {
         Ok(())
     }
 
-    fn messages(&mut self, Question { room: key, known, .. }: Question) -> rusqlite::Result<(Vec<Message>, u64)> {
+    fn messages(&mut self, Question { room: key, wanted, .. }: Question) -> rusqlite::Result<(Vec<Message>, u64)> {
         let room = room_rows::load(&self.connection, key)?;
+        let known = match wanted {
+            Wanted::Since(known) => known,
+            Wanted::Live(first) => {
+                return match answer::live(&self.connection, &room, first, self.identity.as_deref())? {
+                    answer::Live::Operations(message, last) => Ok((message.into_iter().collect(), last)),
+                    answer::Live::State => Ok((self.full_state(key, &room)?, room.seq)),
+                };
+            }
+        };
         if let Some(delta) = answer::delta_for(&self.connection, &room, known, self.identity.as_deref())? {
             self.metrics.answers.with_label_values(&["sync"]).inc();
             return Ok((vec![delta], room.seq));
@@ -164,5 +173,9 @@ impl Answers {
 
 /// Two questions of one asker as one. A whole state is an answer to both, whichever asked for it.
 fn merged(first: Question, second: Question) -> Question {
-    if first.known.timestamp.is_none() { first } else { second }
+    match first.wanted {
+        Wanted::Since(known) if known.timestamp.is_some() => second,
+        // Of what is live, the first asks for most.
+        Wanted::Since(_) | Wanted::Live(_) => first,
+    }
 }

@@ -13,7 +13,9 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::graph::{RoomState, signed};
 use super::reader::Reader;
 use super::schema::ArchiveFile;
-use super::{ArchiveConfig, Asker, Known, Question, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
+use super::{
+    ArchiveConfig, Asker, Known, Question, Reply, Request, RoomKey, Shared, Wanted, compaction, health_ok, room_rows,
+};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::rooms::RoomError;
@@ -213,7 +215,12 @@ impl Writer {
                     self.metrics.archive_commit_seconds.observe(start.elapsed().as_secs_f64());
                 }
                 for state in rooms.into_values() {
+                    let room = RoomKey(state.id);
+                    let (first, last) = (self.rooms.get(&room).map_or(0, |before| before.seq) + 1, state.seq);
                     self.committed(state);
+                    if first <= last {
+                        self.reply(Reply::Logged { room, first, last });
+                    }
                 }
                 self.release(&all);
                 for request in all {
@@ -401,8 +408,10 @@ enum Due {
 /// A peer lacks something: it is sent everything.
 fn lacking(room: RoomKey, asker: Asker) -> Due {
     match asker {
-        Asker::Link(_) => Due::Answer(Question { room, asker, known: Known { timestamp: None, sent: None } }),
-        Asker::Room(room) => Due::Reply(Reply::RoomLacks { room }),
+        Asker::Link(_) => {
+            Due::Answer(Question { room, asker, wanted: Wanted::Since(Known { timestamp: None, sent: None }) })
+        }
+        Asker::Room(room) | Asker::Linked(room) => Due::Reply(Reply::RoomLacks { room }),
     }
 }
 

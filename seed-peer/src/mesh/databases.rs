@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use genosdb::PeerId;
 
+use super::live::Live;
 use super::room::{Governor, MeshRoom, Part, RoomAnswers, place};
 use super::{Mesh, RoomId, wall_ms};
 use crate::archive::{OpenRoom, RoomKey};
@@ -70,6 +71,7 @@ impl Mesh {
                 governor: (part == Part::Graph && has_rules).then(|| Governor::new(now)),
                 warned: false,
                 room_answers: RoomAnswers::default(),
+                live: Live::default(),
                 deadline: now,
             };
             topics.extend(room.topics());

@@ -200,7 +200,7 @@ impl Mesh {
     fn owner_of(&self, asker: Asker) -> Option<&super::Owner> {
         match asker {
             Asker::Link(link) => self.state.owners.get(&link),
-            Asker::Room(_) => None,
+            Asker::Room(_) | Asker::Linked(_) => None,
         }
     }
 
@@ -282,7 +282,7 @@ impl Mesh {
                 }
                 Some(known)
             }
-            Asker::Room(_) => room.room_answers.asked(known, now),
+            Asker::Room(_) | Asker::Linked(_) => room.room_answers.asked(known, now),
         };
         let archive = room.archive;
         if let Some(known) = known {
@@ -360,6 +360,7 @@ impl Mesh {
                 }
             }
             Reply::Send { to: Asker::Room(id), messages, .. } => self.answer_room(id, &messages),
+            Reply::Send { to: Asker::Linked(id), messages, sent } => self.send_live(now, id, messages, sent),
             Reply::RoomLacks { room } => {
                 self.ask_archive(now, Asker::Room(room), room, Known { timestamp: None, sent: None });
             }
@@ -371,6 +372,7 @@ impl Mesh {
                     }
                 }
             }
+            Reply::Logged { room, first, last } => self.logged(now, room, first, last),
             Reply::Wrote { room, message } => self.tell(room, &message),
             Reply::Missed { room } => {
                 let rooms = self.state.rooms.values().filter(|one| one.archive == room && one.part == Part::Graph);

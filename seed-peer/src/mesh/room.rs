@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use genosdb::{APP_ID, Hlc, PeerId, Room, SdpKey, Topic};
 
 use super::RoomId;
+use super::live::Live;
 use crate::archive::{Known, RoomKey};
 use crate::cells::Cells;
 use crate::link::Listening;
@@ -58,6 +59,7 @@ pub(crate) struct MeshRoom {
     /// Whether somebody was told that clients and the seed disagree on cells.
     pub(crate) warned: bool,
     pub(crate) room_answers: RoomAnswers,
+    pub(crate) live: Live,
     /// When the room is in [`super::Mesh`]'s queue to be looked at.
     pub(crate) deadline: Instant,
 }
@@ -108,10 +110,12 @@ impl MeshRoom {
         let cells = self.cells.as_ref().and_then(Cells::next_tick);
         let answer = self.room_answers.next_tick();
         let governor = self.governor.as_ref().map(Governor::next_tick);
+        let live = self.live.next_tick();
         members
             .chain([self.roster.next_tick()])
             .chain(cells)
             .chain(answer)
+            .chain(live)
             .chain(governor)
             .min()
             .unwrap_or(self.deadline)

@@ -68,6 +68,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         keep: None,
         message_bytes: 64 << 20,
         operations_per_second: 1_000,
+        pass_on: true,
         max_links: 600,
         backup: None,
     }

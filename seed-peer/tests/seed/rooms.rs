@@ -3,7 +3,7 @@
 use genosdb::{MemoryGraph, Operation};
 use seed_peer::{CellsConfig, RelayKey, RoomConfig, RoomError, Server};
 
-use crate::client::{Client, PATIENCE, new_id, wall_ms};
+use crate::client::{Client, PATIENCE, View, new_id, wall_ms};
 use crate::house::{config, counted, join, nodes, relay, relay_at, relay_with, seed, seed_with, url};
 
 const SCRIPT: &str = r#"
@@ -15,6 +15,9 @@ const SCRIPT: &str = r#"
     put b {"edited":true}
     remove c
 "#;
+
+const WRITTEN_ELSEWHERE: &str =
+    r#"{"type":"upsert","id":"elsewhere","value":1,"timestamp":{"physical":1700000000000,"logical":1}}"#;
 
 #[tokio::test]
 async fn what_a_peer_wrote_outlives_it_and_a_restart() {
@@ -94,6 +97,47 @@ async fn the_seed_takes_what_it_lacks_and_gives_what_a_peer_lacks() {
     let view = third.until("all of it", |view| view.graph.iter().count() >= 602).await;
     assert_eq!(nodes(&view), held);
     third.leave().await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn who_is_linked_with_the_seed_alone_hears_what_others_write() {
+    let relay = relay().await;
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&url(&relay)], data.path());
+    let mut peers: Vec<Client> = (0..3).map(|_| join(&url(&relay))).collect();
+    peers.iter().for_each(Client::keep_to_the_seed);
+    for peer in &mut peers {
+        peer.until("a link", |view| view.linked.len() == 1).await;
+    }
+    counted(&seed, "homeport_seed_links", "my-app", 3.0).await;
+    for (number, peer) in peers.iter().enumerate() {
+        peer.write(&format!("put node-{number} {number}"));
+    }
+    let whole = |view: &View| view.graph.iter().count() == 3;
+    for peer in &mut peers {
+        peer.until("what the others wrote", whole).await;
+    }
+    peers[0].write("link node-0 node-1\nremove node-2");
+    for peer in &mut peers {
+        peer.until("a link and a removal", |view| {
+            let node = view.graph.get("node-0");
+            view.graph.get("node-2").is_none() && node.is_some_and(|node| node.edges.len() == 1)
+        })
+        .await;
+    }
+    // Somebody comes with what it wrote elsewhere, which it is asked for.
+    let mut graph = MemoryGraph::default();
+    graph.apply(&Operation::parse(WRITTEN_ELSEWHERE, &mut 0).unwrap(), wall_ms());
+    peers.push(Client::join(&url(&relay), "my-app", "", new_id(), graph));
+    peers[3].keep_to_the_seed();
+    for peer in &mut peers {
+        peer.until("what somebody had written", |view| view.graph.get("elsewhere").is_some()).await;
+    }
+    for peer in peers {
+        peer.vanish();
+    }
     seed.shutdown().await;
     relay.shutdown().await;
 }

@@ -1,5 +1,7 @@
 //! Signing answers that are too large to be held: their text is read from disk as it is signed (wire §6).
 
+use std::ops::Range;
+
 use genosdb::Hlc;
 use genosdb::json::{Json, JsonString, Order, sorted_place};
 use genosdb::signature::Identity;
@@ -8,18 +10,18 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use super::super::graph::{RoomState, signed};
 use super::print_node;
 
-/// The members that sign the delta from the log entry `from` on, each behind a comma; nothing without an identity.
+/// The members that sign the delta of some log entries, each behind a comma; nothing without an identity.
 pub(super) fn of_delta(
     connection: &Connection,
     room: &RoomState,
-    from: u64,
+    entries: Range<u64>,
     identity: Option<&Identity>,
 ) -> rusqlite::Result<String> {
     sign(identity, |origin, write| {
         write(r#"{"operations":["#);
         let mut select =
-            connection.prepare_cached("SELECT operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
-        let mut rows = select.query(params![room.id, signed(from)])?;
+            connection.prepare_cached("SELECT operation FROM log WHERE room = ? AND seq >= ? AND seq < ? ORDER BY seq")?;
+        let mut rows = select.query(params![room.id, signed(entries.start), signed(entries.end)])?;
         let mut first = true;
         while let Some(row) = rows.next()? {
             if !std::mem::take(&mut first) {

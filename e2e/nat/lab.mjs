@@ -1,0 +1,224 @@
+// A server with public-looking addresses, and clients behind routers of their own: each a network namespace. Needs root,
+// iproute2, iptables and conntrack.
+import { execFile, execFileSync, spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { chmod, mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { promisify } from 'node:util';
+import { binary, TURN_USER } from '../lib/homeport.mjs';
+
+const run = promisify(execFile);
+
+/** The server's addresses. The relay is at the first, on port 443 as well; TURN over TLS is at the second, on port 443. */
+export const SERVER = '45.79.10.10';
+const SECOND = '45.79.10.11';
+const SERVER_V6 = '2a01:4f8:10::10';
+const SECOND_V6 = '2a01:4f8:10::11';
+/** Names of the two. */
+export const [HOST, TURN_443] = ['homeport.example.com', 'turn.example.com'];
+
+/**
+ * What a router does to the client behind it. `v4`, `v6`: which addresses the client has; `keeps`: whether one port of
+ * the client is one port outside, whomever it talks to; `lets`: what else comes in or goes out.
+ */
+export const KINDS = {
+  'full cone': { v4: true, keeps: true, takes: 'all' },
+  'port-restricted': { v4: true, keeps: true },
+  symmetric: { v4: true, keeps: false },
+  'UDP blocked': { v4: true, keeps: false, lets: 'tcp' },
+  'only TCP 443 out': { v4: true, keeps: false, lets: '443' },
+  'IPv6 only': { v6: true, keeps: true },
+  'dual stack': { v4: true, v6: true, keeps: true },
+};
+
+/** Why there can be no namespaces here, or false. */
+export function unable() {
+  if (process.getuid() !== 0) return 'network namespaces need root';
+  try {
+    execFileSync('ip', ['netns', 'list']);
+    execFileSync('iptables', ['--version']);
+    return false;
+  } catch (error) {
+    return `ip or iptables cannot be used: ${error.message}`;
+  }
+}
+
+/** A client and the router before it. */
+class Site {
+  constructor(lab, index) {
+    this.lab = lab;
+    this.router = `${lab.id}-router-${index}`;
+    this.client = `${lab.id}-client-${index}`;
+    this.wan = { v4: `45.79.10.${20 + index}`, v6: `2a01:4f8:10::${20 + index}` };
+    this.inside = { v4: `10.71.${index}.1`, v6: `2a01:4f8:${20 + index}::1` };
+    this.address = { v4: `10.71.${index}.2`, v6: `2a01:4f8:${20 + index}::2` };
+    this.network6 = `2a01:4f8:${20 + index}::/64`;
+  }
+
+  async start(kind, index) {
+    const { lab, router, client } = this;
+    const { v4, v6 } = KINDS[kind];
+    await lab.namespace(router);
+    await lab.namespace(client);
+    await ip(`link add wan netns ${router} type veth peer name site${index} netns ${lab.server}`);
+    await ip(`-n ${lab.server} link set site${index} master internet up`);
+    await ip(`link add lan netns ${router} type veth peer name eth0 netns ${client}`);
+    await lab.address(router, 'wan', this.wan.v4, this.wan.v6);
+    await lab.address(router, 'lan', v4 && this.inside.v4, v6 && this.inside.v6);
+    await lab.address(client, 'eth0', v4 && this.address.v4, v6 && this.address.v6);
+    if (v4) await ip(`-n ${client} route add default via ${this.inside.v4}`);
+    if (v6) {
+      await ip(`-n ${client} -6 route add default via ${this.inside.v6}`);
+      await ip(`-n ${lab.server} -6 route add ${this.network6} via ${this.wan.v6}`);
+      await ip(`-n ${router} -6 route add default via ${SERVER_V6}`);
+    }
+    await ip(`-n ${router} route add default via ${SERVER}`);
+    await run('ip', ['netns', 'exec', router, 'sysctl', '-qw', 'net.ipv4.ip_forward=1', 'net.ipv6.conf.all.forwarding=1']);
+    await this.become(kind);
+    // Chromium, and whatever else, with the names of the server.
+    await mkdir(`/etc/netns/${client}`, { recursive: true });
+    const hosts = [[v4 && SERVER, HOST], [v6 && SERVER_V6, HOST], [v4 && SECOND, TURN_443], [v6 && SECOND_V6, TURN_443]];
+    await writeFile(`/etc/netns/${client}/hosts`, ['127.0.0.1 localhost', '::1 localhost',
+      ...hosts.filter(([address]) => address).map(words => words.join(' ')), ''].join('\n'));
+  }
+
+  /** Sets the router up as of another kind, of the same address families, and forgets what it knew of connections. */
+  async become(kind) {
+    this.kind = kind;
+    const { keeps, takes, lets } = KINDS[kind];
+    const [tables, tables6] = ['iptables', 'ip6tables'].map(command => async words => {
+      await run('ip', ['netns', 'exec', this.router, command, '-w', ...words.split(' ')]);
+    });
+    for (const table of ['nat', 'filter']) await tables(`-t ${table} -F`);
+    await tables6('-t filter -F');
+    await tables(`-t nat -A POSTROUTING -o wan -j MASQUERADE${keeps ? '' : ' --random-fully'}`);
+    // As routers at home do with what nobody has asked for.
+    await tables('-A INPUT -i wan -m conntrack --ctstate NEW,INVALID -j DROP');
+    if (takes === 'all') await tables(`-t nat -A PREROUTING -i wan -j DNAT --to-destination ${this.address.v4}`);
+    else await tables('-A FORWARD -i wan -m conntrack --ctstate NEW,INVALID -j DROP');
+    await tables6('-A FORWARD -i wan -m conntrack --ctstate NEW,INVALID -j DROP');
+    if (lets === 'tcp') await tables('-A FORWARD -p udp -j REJECT');
+    if (lets === '443') {
+      await tables('-A FORWARD -i lan -p tcp --dport 443 -j ACCEPT');
+      await tables('-A FORWARD -i lan -j DROP');
+    }
+    await this.rebind();
+  }
+
+  /** Forgets every mapping, as a router does that was switched off and on. */
+  async rebind() {
+    // It says how many it has forgotten as if that were an error.
+    await run('ip', ['netns', 'exec', this.router, 'conntrack', '-F']);
+  }
+
+  /** A program that runs the browser named by its path, for what starts browsers, in the client's network. */
+  async browser(path) {
+    const file = join(this.lab.folder, `${this.client}-${path.split('/').pop()}`);
+    await writeFile(file, `#!/bin/sh\nexec ip netns exec ${this.client} ${path} "$@"\n`);
+    await chmod(file, 0o755);
+    return file;
+  }
+}
+
+const ip = words => run('ip', words.split(' '));
+
+export class Lab {
+  #sites = [];
+  #processes = [];
+
+  static async start() {
+    const lab = new Lab();
+    lab.id = `homeport-${process.pid}-${Math.floor(Math.random() * 1e6)}`;
+    lab.folder = await mkdtemp(join(tmpdir(), 'homeport-nat-'));
+    lab.server = `${lab.id}-server`;
+    await lab.namespace(lab.server);
+    await ip(`-n ${lab.server} link add internet type bridge`);
+    await lab.address(lab.server, 'internet', SERVER, SERVER_V6);
+    await ip(`-n ${lab.server} addr add ${SECOND}/24 dev internet`);
+    await ip(`-n ${lab.server} addr add ${SECOND_V6}/64 dev internet nodad`);
+    for (const [command, first, second] of [['iptables', SERVER, SECOND], ['ip6tables', SERVER_V6, SECOND_V6]]) {
+      for (const [address, port] of [[first, 8080], [second, 5349]]) {
+        const words = `-t nat -A PREROUTING -d ${address} -p tcp --dport 443 -j REDIRECT --to-ports ${port}`;
+        await run('ip', ['netns', 'exec', lab.server, command, '-w', ...words.split(' ')]);
+      }
+    }
+    // Between sites, as on the internet: through the server's host, which is a bridge to them.
+    await run('ip', ['netns', 'exec', lab.server, 'sysctl', '-qw', 'net.ipv6.conf.all.forwarding=1']);
+    return lab;
+  }
+
+  async namespace(name) {
+    await ip(`netns add ${name}`);
+    await ip(`-n ${name} link set lo up`);
+  }
+
+  async address(namespace, device, v4, v6) {
+    if (v4) await ip(`-n ${namespace} addr add ${v4}/24 dev ${device}`);
+    if (v6) await ip(`-n ${namespace} addr add ${v6}/64 dev ${device} nodad`);
+    await ip(`-n ${namespace} link set ${device} up`);
+  }
+
+  /** One more client, behind a router of a kind. */
+  async site(kind) {
+    const index = this.#sites.length + 1;
+    const site = new Site(this, index);
+    this.#sites.push(site);
+    await site.start(kind, index);
+    return site;
+  }
+
+  /** Starts a program in a namespace, and waits until it prints what matches `ready`. */
+  async spawn(namespace, words, ready, env = {}) {
+    const child = spawn('ip', ['netns', 'exec', namespace, ...words], {
+      cwd: this.folder, env: { ...process.env, ...env }, stdio: ['ignore', 'pipe', 'pipe'],
+    });
+    const program = { child, ended: once(child, 'exit'), output: '' };
+    this.#processes.push(program);
+    const found = new Promise((done, failed) => {
+      const hear = data => {
+        program.output += data;
+        const match = ready.exec(program.output);
+        if (match) done(match);
+      };
+      child.stdout.on('data', hear);
+      child.stderr.on('data', hear);
+      program.ended.then(([code]) => failed(new Error(`${words[0]} ended with ${code}:\n${program.output}`)));
+    });
+    program.ready = await found;
+    return program;
+  }
+
+  /** Homeport on the server, with a certificate that nobody knows. */
+  async homeport(env = {}) {
+    const [cert, key] = ['cert.pem', 'key.pem'].map(name => join(this.folder, name));
+    await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
+      '-keyout', key, '-out', cert, '-subj', `/CN=${HOST}`, '-addext', `subjectAltName=DNS:${HOST},DNS:${TURN_443}`]);
+    return this.spawn(this.server, [binary, 'up', '--room', 'notes', '--data', join(this.folder, 'data')], /gdb\(/, {
+      HOMEPORT_RELAY__LISTEN: '[::]:8080', HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,
+      HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`, ...env,
+    });
+  }
+
+  /** What apps are given: by the names, over TLS where that is the only way out. */
+  static rtc({ turn = true } = {}) {
+    const uris = [`turn:${HOST}:3478?transport=udp`, `turn:${HOST}:3478?transport=tcp`, `turns:${TURN_443}:443?transport=tcp`];
+    return {
+      relayUrls: [`wss://${HOST}:443`],
+      turnConfig: [{ urls: `stun:${HOST}:3478` }, ...(turn ? [{ urls: uris, ...TURN_USER }] : [])],
+    };
+  }
+
+  async stop() {
+    for (const { child, ended } of this.#processes) {
+      if (child.exitCode === null && child.signalCode === null) child.kill('SIGTERM');
+      await ended;
+    }
+    for (const { router, client } of this.#sites) {
+      for (const name of [router, client]) await ip(`netns del ${name}`);
+      await rm(`/etc/netns/${client}`, { recursive: true, force: true });
+    }
+    await ip(`netns del ${this.server}`);
+    await rm(this.folder, { recursive: true, force: true });
+  }
+}

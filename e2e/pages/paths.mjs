@@ -1,0 +1,12 @@
+// The way that data takes over each connection: the candidate types of both ends, and for a relayed one the protocol.
+export async function path(connection) {
+  const stats = await connection.getStats();
+  const reports = [...stats.values()];
+  const transport = reports.find(({ type, selectedCandidatePairId }) => type === 'transport' && selectedCandidatePairId);
+  const pair = transport ? stats.get(transport.selectedCandidatePairId)
+    // Firefox has no transports.
+    : reports.find(({ type, nominated, state, selected }) => type === 'candidate-pair' && (selected ?? nominated) && state === 'succeeded');
+  if (!pair) return undefined;
+  const [local, remote] = [stats.get(pair.localCandidateId), stats.get(pair.remoteCandidateId)];
+  return { local: local.candidateType, protocol: local.relayProtocol, remote: remote.candidateType, port: remote.port };
+}
