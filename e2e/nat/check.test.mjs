@@ -5,7 +5,7 @@ import { dirname, join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
-import { HOST, Lab, unable } from './lab.mjs';
+import { Lab, SERVER, unable } from './lab.mjs';
 
 const reason = unable();
 if (reason) console.log(`the connection check behind a NAT: skipped, ${reason}`);
@@ -20,7 +20,7 @@ for (const [kind, said] of [
     try {
       const site = await lab.site(kind);
       await lab.homeport();
-      const { stdout } = await promisify(execFile)('ip', ['netns', 'exec', site.client, process.execPath, opener, `https://${HOST}:443`]);
+      const { stdout } = await promisify(execFile)('ip', ['netns', 'exec', site.client, process.execPath, opener, `https://${SERVER}:443`]);
       const steps = JSON.parse(stdout);
       assert.match(steps['Seed peer'][1], said);
       for (const [name, [state]] of Object.entries(steps)) assert.equal(state, 'works', name);

@@ -2,7 +2,7 @@
 // iproute2, iptables and conntrack.
 import { execFile, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { chmod, mkdir, mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { chmod, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { promisify } from 'node:util';
@@ -15,8 +15,6 @@ export const SERVER = '45.79.10.10';
 const SECOND = '45.79.10.11';
 const SERVER_V6 = '2a01:4f8:10::10';
 const SECOND_V6 = '2a01:4f8:10::11';
-/** Names of the two. */
-export const [HOST, TURN_443] = ['homeport.example.com', 'turn.example.com'];
 
 /**
  * What a router does to the client behind it. `v4`, `v6`: which addresses the client has; `keeps`: whether one port of
@@ -76,11 +74,6 @@ class Site {
     await ip(`-n ${router} route add default via ${SERVER}`);
     await run('ip', ['netns', 'exec', router, 'sysctl', '-qw', 'net.ipv4.ip_forward=1', 'net.ipv6.conf.all.forwarding=1']);
     await this.become(kind);
-    // Chromium, and whatever else, with the names of the server.
-    await mkdir(`/etc/netns/${client}`, { recursive: true });
-    const hosts = [[v4 && SERVER, HOST], [v6 && SERVER_V6, HOST], [v4 && SECOND, TURN_443], [v6 && SECOND_V6, TURN_443]];
-    await writeFile(`/etc/netns/${client}/hosts`, ['127.0.0.1 localhost', '::1 localhost',
-      ...hosts.filter(([address]) => address).map(words => words.join(' ')), ''].join('\n'));
   }
 
   /** Sets the router up as of another kind, of the same address families, and forgets what it knew of connections. */
@@ -106,10 +99,43 @@ class Site {
     await this.rebind();
   }
 
+  /** From now on loses a share of all packets: 1 is a cable that is cut, 0 none. */
+  async lose(share) {
+    const rule = share === 1 ? ['-j', 'DROP'] : ['-m', 'statistic', '--mode', 'random', '--probability', `${share}`, '-j', 'DROP'];
+    for (const command of ['iptables', 'ip6tables']) {
+      const tables = words => run('ip', ['netns', 'exec', this.router, command, '-w', '-t', 'mangle', ...words]);
+      await tables(['-F', 'FORWARD']);
+      if (share > 0) await tables(['-A', 'FORWARD', ...rule]);
+    }
+  }
+
+  /** The client gets another IPv4 address, as one that goes from one network to another. */
+  async move() {
+    const before = this.address.v4;
+    this.address.v4 = before.endsWith('.2') ? before.replace(/2$/, '3') : before.replace(/3$/, '2');
+    await ip(`-n ${this.client} addr del ${before}/24 dev eth0`);
+    await ip(`-n ${this.client} addr add ${this.address.v4}/24 dev eth0`);
+    await ip(`-n ${this.client} route add default via ${this.inside.v4}`);
+    await this.become(this.kind);
+  }
+
   /** Forgets every mapping, as a router does that was switched off and on. */
   async rebind() {
     // It says how many it has forgotten as if that were an error.
     await run('ip', ['netns', 'exec', this.router, 'conntrack', '-F']);
+  }
+
+  /**
+   * What an app is given here: by address, over TLS where that is the only way out. (By name Chromium does not find STUN
+   * servers here: for UDP it asks a resolver that these networks do not have.)
+   */
+  rtc({ turn = true } = {}) {
+    const [host, second] = KINDS[this.kind].v4 ? [SERVER, SECOND] : [`[${SERVER_V6}]`, `[${SECOND_V6}]`];
+    const uris = [`turn:${host}:3478?transport=udp`, `turn:${host}:3478?transport=tcp`, `turns:${second}:443?transport=tcp`];
+    return {
+      relayUrls: [`wss://${host}:443`],
+      turnConfig: [{ urls: `stun:${host}:3478` }, ...(turn ? [{ urls: uris, ...TURN_USER }] : [])],
+    };
   }
 
   /** A program that runs the browser named by its path, for what starts browsers, in the client's network. */
@@ -193,20 +219,11 @@ export class Lab {
   async homeport(env = {}) {
     const [cert, key] = ['cert.pem', 'key.pem'].map(name => join(this.folder, name));
     await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
-      '-keyout', key, '-out', cert, '-subj', `/CN=${HOST}`, '-addext', `subjectAltName=DNS:${HOST},DNS:${TURN_443}`]);
+      '-keyout', key, '-out', cert, '-subj', '/CN=homeport', '-addext', `subjectAltName=IP:${SERVER},IP:${SECOND}`]);
     return this.spawn(this.server, [binary, 'up', '--room', 'notes', '--data', join(this.folder, 'data')], /gdb\(/, {
       HOMEPORT_RELAY__LISTEN: '[::]:8080', HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,
       HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`, ...env,
     });
-  }
-
-  /** What apps are given: by the names, over TLS where that is the only way out. */
-  static rtc({ turn = true } = {}) {
-    const uris = [`turn:${HOST}:3478?transport=udp`, `turn:${HOST}:3478?transport=tcp`, `turns:${TURN_443}:443?transport=tcp`];
-    return {
-      relayUrls: [`wss://${HOST}:443`],
-      turnConfig: [{ urls: `stun:${HOST}:3478` }, ...(turn ? [{ urls: uris, ...TURN_USER }] : [])],
-    };
   }
 
   async stop() {
@@ -214,10 +231,7 @@ export class Lab {
       if (child.exitCode === null && child.signalCode === null) child.kill('SIGTERM');
       await ended;
     }
-    for (const { router, client } of this.#sites) {
-      for (const name of [router, client]) await ip(`netns del ${name}`);
-      await rm(`/etc/netns/${client}`, { recursive: true, force: true });
-    }
+    for (const { router, client } of this.#sites) for (const name of [router, client]) await ip(`netns del ${name}`);
     await ip(`netns del ${this.server}`);
     await rm(this.folder, { recursive: true, force: true });
   }

@@ -42,26 +42,45 @@ class Sealer {
   }
 }
 
-class Relay {
-  constructor(url) {
-    this.url = url;
-    this.handlers = new Map();
+/** All relays as one: what is published goes to each, what comes from several is heard once. They are reached again when lost. */
+class Relays {
+  constructor(urls) {
+    this.subscriptions = new Map();
+    this.heard = new Set();
     const { secretKey, publicKey } = schnorr.keygen();
     this.secretKey = secretKey;
     this.pubkey = hex(publicKey);
-    this.socket = new WebSocket(url);
-    this.ready = new Promise(done => { this.socket.onopen = done; });
-    this.socket.onmessage = ({ data }) => {
-      const [verb, subscription, event] = JSON.parse(data);
-      if (verb === 'EVENT') this.handlers.get(subscription)?.(JSON.parse(event.content));
+    this.sockets = urls.map(() => undefined);
+    this.ready = Promise.any(urls.map((url, index) => new Promise(done => this.connect(url, index, done))));
+  }
+  connect(url, index, opened) {
+    const socket = new WebSocket(url);
+    socket.onopen = () => {
+      this.sockets[index] = socket;
+      for (const [id, { request }] of this.subscriptions) socket.send(JSON.stringify(['REQ', id, request()]));
+      opened?.();
     };
+    socket.onmessage = ({ data }) => {
+      const [verb, subscription, event] = JSON.parse(data);
+      if (verb !== 'EVENT' || this.heard.has(event.id)) return;
+      this.heard.add(event.id);
+      if (this.heard.size > 5000) this.heard.delete(this.heard.values().next().value);
+      this.subscriptions.get(subscription)?.handler(JSON.parse(event.content));
+    };
+    socket.onclose = () => {
+      this.sockets[index] = undefined;
+      setTimeout(() => this.connect(url, index, opened), 1000);
+    };
+  }
+  say(message) {
+    for (const socket of this.sockets) if (socket?.readyState === 1) socket.send(JSON.stringify(message));
   }
   async subscribe({ topic, kind }, handler) {
     await this.ready;
     const id = hex(crypto.getRandomValues(new Uint8Array(32)));
-    this.handlers.set(id, handler);
-    const since = Math.floor(Date.now() / 1000);
-    this.socket.send(JSON.stringify(['REQ', id, { kinds: [kind], since, '#x': [topic] }]));
+    const request = () => ({ kinds: [kind], since: Math.floor(Date.now() / 1000), '#x': [topic] });
+    this.subscriptions.set(id, { request, handler });
+    this.say(['REQ', id, request()]);
   }
   async publish({ topic, kind }, content) {
     await this.ready;
@@ -72,7 +91,7 @@ class Relay {
       JSON.stringify([0, event.pubkey, event.created_at, event.kind, event.tags, event.content]));
     event.id = hex(id);
     event.sig = hex(await schnorr.signAsync(id, this.secretKey));
-    if (this.socket.readyState === 1) this.socket.send(JSON.stringify(['EVENT', event]));
+    this.say(['EVENT', event]);
   }
 }
 
@@ -100,7 +119,16 @@ class Room {
     const announce = () => this.left || relay.publish(this.root, { peerId: this.id });
     await announce();
     setInterval(announce, 2500);
+    setInterval(() => this.tend(), 1000);
     addEventListener('pagehide', () => { this.left = true; relay.publish(this.root, { peerId: this.id, bye: 1 }); });
+  }
+  /** Asks peers that went quiet whether they are there, and drops those that do not say so, and dials without an answer. */
+  tend() {
+    for (const [peer, link] of this.peers) {
+      const quiet = performance.now() - link.heard;
+      if (quiet > (link.channel ? 20_000 : 57_000)) this.drop(peer);
+      else if (link.channel && quiet > 10_000) this.send('@_ping', '', peer);
+    }
   }
   topicOfPeer(peer) { return topicOf(`GenosRTC@1234@${this.name}@${peer}`); }
 
@@ -138,12 +166,12 @@ class Room {
 
   link(peer, offered) {
     const connection = new RTCPeerConnection({ iceServers: this.iceServers });
-    const link = { connection, offered, nonces: {}, unfinished: new Map(), queue: Promise.resolve() };
+    const link = { connection, offered, nonces: {}, unfinished: new Map(), queue: Promise.resolve(), heard: performance.now() };
     this.peers.set(peer, link);
     const use = channel => {
       channel.binaryType = 'arraybuffer';
-      channel.onopen = () => { link.channel = channel; this.handlers.joined?.(peer); };
-      channel.onmessage = ({ data }) => { link.queue = link.queue.then(() => this.frame(peer, link, new Uint8Array(data))); };
+      channel.onopen = () => { link.channel = channel; link.heard = performance.now(); this.handlers.joined?.(peer); };
+      channel.onmessage = ({ data }) => { link.heard = performance.now(); link.queue = link.queue.then(() => this.frame(peer, link, new Uint8Array(data))); };
       channel.onclose = () => { if (this.peers.get(peer) === link) this.drop(peer); };
     };
     if (offered) use(connection.createDataChannel('data'));
@@ -306,7 +334,7 @@ export async function gdb(name, { rtc, password = '', sm }) {
     send: data => app.broadcast(channel, data),
     on: (_, listener) => listeners.set(channel, [...(listeners.get(channel) ?? []), listener]),
   });
-  const relay = new Relay(rtc.relayUrls[0]);
+  const relay = new Relays(rtc.relayUrls);
   await Promise.all([graph.join(relay, password), app.join(relay, password)]);
   const write = async operation => {
     apply(operation);

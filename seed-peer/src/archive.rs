@@ -165,6 +165,8 @@ pub(crate) enum Reply {
     Send { to: Asker, messages: Vec<Message>, sent: u64 },
     /// Somebody out of reach lacks something that we have.
     RoomLacks { room: RoomId },
+    /// The peer at the other end of a link may have more than it has told.
+    MayLack { link: LinkId },
     /// The highest timestamp of a room has changed.
     Latest { room: RoomKey, latest: Hlc },
     /// What peers have sent is in a room's log, from the entry `first` to `last`.

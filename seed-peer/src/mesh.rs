@@ -58,6 +58,8 @@ struct Owner {
     asked: bool,
     /// The log entry up to which the peer was sent everything on this link.
     sent: Option<u64>,
+    /// When the peer was asked for all that it has.
+    asked_for_all: Option<Instant>,
     /// Whether the peer has sent a frame on a cell's channel.
     speaks_cells: bool,
     /// Whether the peer is in a full mesh while the room is in cells.

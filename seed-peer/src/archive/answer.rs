@@ -136,8 +136,8 @@ impl Run {
         text.push_str(r#"[{"type":"deltaSync","operations":["#);
         let mut judged = identity.map(|_| JudgedAlone::default());
         let mut next = first;
-        let mut select =
-            connection.prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
+        let mut select = connection
+            .prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
         let mut rows = select.query(params![room.id, signed(first)])?;
         while let Some(row) = rows.next()? {
             if unsigned(row.get(0)?) != next || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {

@@ -33,50 +33,75 @@ pub(super) enum Word<'a> {
 /// Why something of a peer is left out, as the metrics say it.
 type Reason = &'static str;
 
+/// What one side may have and the other not, as far as a message shows it.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Gaps {
+    /// The peer lacks something that we have.
+    pub(super) theirs: bool,
+    /// We may lack something that the peer has. A delta is the last operations of who sends it, so many and no more: where
+    /// the first was news to us, those before it may be too.
+    pub(super) ours: bool,
+}
+
+impl Gaps {
+    fn add(&mut self, other: Self) {
+        self.theirs |= other.theirs;
+        self.ours |= other.ours;
+    }
+
+    fn of_state(sender_lacks: bool) -> Self {
+        Self { theirs: sender_lacks, ours: false }
+    }
+}
+
 impl Writer {
-    /// Merges what a peer sent. Returns whether the peer lacks something that we have.
+    /// Merges what a peer sent.
     pub(super) fn merge(
         &mut self,
         state: &mut RoomState,
         operations: &Checked,
         wall_ms: u64,
-    ) -> rusqlite::Result<bool> {
-        let mut sender_lacks = false;
+    ) -> rusqlite::Result<Gaps> {
+        let mut gaps = Gaps::default();
         match operations {
             Checked::Plain(operations) => {
                 for operation in operations {
-                    sender_lacks |= self.merge_plain(state, operation, wall_ms)?;
+                    gaps.add(self.merge_plain(state, operation, wall_ms)?);
                 }
             }
             Checked::Attested(operations) => {
                 let security = self.ruled.get(&RoomKey(state.id)).cloned();
                 for attested in operations {
-                    sender_lacks |= match &security {
+                    gaps.add(match &security {
                         Some(security) => self.merge_attested(security, state, attested, wall_ms)?,
                         None => self.merge_plain(state, &attested.operation, wall_ms)?,
-                    };
+                    });
                 }
             }
         }
-        Ok(sender_lacks)
+        Ok(gaps)
     }
 
-    fn merge_plain(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<bool> {
+    fn merge_plain(&mut self, state: &mut RoomState, operation: &Operation, wall_ms: u64) -> rusqlite::Result<Gaps> {
         match operation {
             Operation::Upsert(_) | Operation::Remove(_) | Operation::Link(_) => {
                 self.take(state, operation, None, wall_ms)?;
             }
             Operation::DeltaSync(delta) => {
-                for operation in &delta.operations {
+                let before = state.seq;
+                let mut ours = false;
+                for (index, operation) in delta.operations.iter().enumerate() {
+                    ours |= index == 1 && state.seq > before;
                     self.take(state, operation, None, wall_ms)?;
                 }
+                return Ok(Gaps { theirs: false, ours });
             }
             Operation::FullStateSync(full) => {
-                return Ok(self.merge_state(state, full, Word::Anybodys, wall_ms)?.sender_lacks);
+                return Ok(Gaps::of_state(self.merge_state(state, full, Word::Anybodys, wall_ms)?.sender_lacks));
             }
             Operation::Sync(_) => {}
         }
-        Ok(false)
+        Ok(Gaps::default())
     }
 
     /// Merges an operation in a room with super admins: what its author may do.
@@ -86,7 +111,7 @@ impl Writer {
         state: &mut RoomState,
         attested: &Attested,
         wall_ms: u64,
-    ) -> rusqlite::Result<bool> {
+    ) -> rusqlite::Result<Gaps> {
         let author = attested.author;
         match &attested.operation {
             operation @ (Operation::Upsert(_) | Operation::Remove(_) | Operation::Link(_)) => {
@@ -96,7 +121,10 @@ impl Writer {
                 }
             }
             Operation::DeltaSync(delta) => {
-                for (operation, inside) in delta.operations.iter().zip(&attested.inside) {
+                let before = state.seq;
+                let mut ours = false;
+                for (index, (operation, inside)) in delta.operations.iter().zip(&attested.inside).enumerate() {
+                    ours |= index == 1 && state.seq > before;
                     let own = self.judge(security, state, operation, *inside, wall_ms)?;
                     if let Ok(author) = own {
                         self.take_signed(state, operation, author, wall_ms)?;
@@ -117,6 +145,7 @@ impl Writer {
                         (Err(_), Ok(_)) => {}
                     }
                 }
+                return Ok(Gaps { theirs: false, ours });
             }
             Operation::FullStateSync(full) => {
                 let word = match author {
@@ -124,11 +153,11 @@ impl Writer {
                     Err(SignatureError::Unsigned) if security.unsigned_states => Word::Unsigned(security),
                     Err(error) => Word::Nobodys(reason_of(error)),
                 };
-                return Ok(self.merge_state(state, full, word, wall_ms)?.sender_lacks);
+                return Ok(Gaps::of_state(self.merge_state(state, full, word, wall_ms)?.sender_lacks));
             }
             Operation::Sync(_) => {}
         }
-        Ok(false)
+        Ok(Gaps::default())
     }
 
     /// Whether whoever signed may do what an operation does; if so, who.

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use genosdb::frame::Frame;
+use genosdb::operation::DeltaSync;
 use genosdb::{Batch, Content, Hlc, Limits, MemoryGraph, Message, Operation, Reassembler};
 use proptest::prelude::*;
 use service::{Health, State};
@@ -208,6 +209,30 @@ fn a_peer_of_a_large_room_that_was_away_shortly_gets_a_delta_and_one_that_was_aw
     assert_eq!(delta.operations, [put(1, 1_000)]);
     let older = Known { timestamp: Some(Hlc::new(old_ms - 3_600_000, 0)), sent: None };
     assert!(matches!(archive.answer(older).0, Operation::FullStateSync(state) if state.nodes.len() == 601));
+}
+
+#[test]
+fn who_sends_a_delta_that_begins_with_news_may_have_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    let delta = |operations: &[Operation]| {
+        [Operation::DeltaSync(DeltaSync { operations: operations.to_vec(), timestamp: None, extra: Vec::new() })]
+    };
+    archive.merge(&[put(1, 1)]);
+    // Nothing was lost before what is known.
+    archive.merge(&delta(&[put(1, 1), put(2, 2)]));
+    let nothing = Known { timestamp: None, sent: None };
+    assert!(archive.archive.as_ref().unwrap().answer(archive.room, LINK, nothing));
+    loop {
+        match archive.replies.blocking_recv().unwrap() {
+            Reply::Send { .. } => break,
+            Reply::MayLack { .. } => panic!("all before it was known"),
+            _ => {}
+        }
+    }
+    archive.merge(&delta(&[put(3, 3), put(1, 4)]));
+    let Asker::Link(asker) = LINK else { panic!("{LINK:?}") };
+    while !matches!(archive.replies.blocking_recv().unwrap(), Reply::MayLack { link } if link == asker) {}
 }
 
 #[test]

@@ -281,8 +281,13 @@ impl Writer {
             let mut state = before.clone();
             self.file.connection.execute_batch("SAVEPOINT message")?;
             match self.merge(&mut state, operations, *wall_ms) {
-                Ok(sender_lacks) => {
-                    if sender_lacks {
+                Ok(gaps) => {
+                    if gaps.ours
+                        && let Asker::Link(link) = *asker
+                    {
+                        committed.replies.push(Due::Reply(Reply::MayLack { link }));
+                    }
+                    if gaps.theirs {
                         committed.replies.push(lacking(*room, *asker));
                     }
                     if let Some(latest) = state.latest.filter(|_| state.latest != before.latest) {

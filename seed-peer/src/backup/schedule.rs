@@ -52,7 +52,8 @@ impl BackupSchedule {
         // After a restart, the last backup counts as well.
         match self.last().await {
             Ok(Some((_, made_ms))) => {
-                self.succeeded(made_ms);
+                self.made(made_ms);
+                self.health.set("backup", State::Ok);
                 let age = Duration::from_millis(wall_ms().saturating_sub(made_ms));
                 next += self.config.every.saturating_sub(age);
             }
@@ -74,7 +75,7 @@ impl BackupSchedule {
                     Ok(report) => {
                         self.metrics.backup_seconds.observe(start.elapsed().as_secs_f64());
                         self.metrics.backup_bytes.inc_by(report.written_bytes);
-                        self.succeeded(wall_ms());
+                        self.health.set("backup", State::Ok);
                         tracing::info!(
                             id = %report.id, operations = report.operations, bytes = report.written_bytes,
                             "the archive is backed up"
@@ -95,6 +96,7 @@ impl BackupSchedule {
             .is_none_or(|made_ms| Duration::from_millis(wall_ms().saturating_sub(made_ms)) >= self.config.full_every);
         let kind = if is_full_due { Kind::Full } else { Kind::Incremental };
         let report = self.backups.make(&self.data, kind, wall_ms()).await?;
+        self.made(wall_ms());
         self.metrics.backups.with_label_values(&["made"]).inc();
         let pruned = self.backups.prune(self.config.keep, wall_ms()).await?;
         if pruned > 0 {
@@ -119,9 +121,9 @@ impl BackupSchedule {
         Ok(None)
     }
 
-    fn succeeded(&self, made_ms: u64) {
-        self.metrics.backup_time.set(i64::try_from(made_ms / 1_000).unwrap_or(i64::MAX));
-        self.health.set("backup", State::Ok);
+    /// There is a backup of that time.
+    fn made(&self, at_ms: u64) {
+        self.metrics.backup_time.set(i64::try_from(at_ms / 1_000).unwrap_or(i64::MAX));
     }
 
     fn failed(&self, error: &BackupError) {

@@ -107,6 +107,7 @@ impl Mesh {
             opened: None,
             asked: false,
             sent: None,
+            asked_for_all: None,
             speaks_cells: false,
             in_full_mesh: false,
             rate: OperationRate::new(self.operations_per_second),

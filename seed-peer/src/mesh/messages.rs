@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroU32;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use genosdb::envelope::{Envelope, Letter};
 use genosdb::operation::Sync;
@@ -18,6 +18,8 @@ use crate::links::LinkId;
 
 /// Operations that may come at once, as seconds of the rate.
 const OPERATION_BURST_SECONDS: u32 = 10;
+/// How often a peer is asked for all that it has.
+const ASK_FOR_ALL_INTERVAL: Duration = Duration::from_secs(30);
 /// Bytes, deflated, of an answer that is sent to everybody in a room.
 const MAX_ROOM_ANSWER: usize = 2 << 20;
 /// How long a peer may speak as in a full mesh before it is taken to be in one: it may not have sealed its roster.
@@ -370,6 +372,14 @@ impl Mesh {
                     if let Some(governor) = &mut one.governor {
                         governor.heard(now);
                     }
+                }
+            }
+            Reply::MayLack { link } => {
+                if let Some(owner) = self.state.owners.get_mut(&link)
+                    && owner.asked_for_all.is_none_or(|at| now >= at + ASK_FOR_ALL_INTERVAL)
+                {
+                    owner.asked_for_all = Some(now);
+                    self.send(link, sync_message(None, self.identity.as_deref()));
                 }
             }
             Reply::Logged { room, first, last } => self.logged(now, room, first, last),

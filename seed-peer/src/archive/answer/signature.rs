@@ -19,8 +19,8 @@ pub(super) fn of_delta(
 ) -> rusqlite::Result<String> {
     sign(identity, |origin, write| {
         write(r#"{"operations":["#);
-        let mut select =
-            connection.prepare_cached("SELECT operation FROM log WHERE room = ? AND seq >= ? AND seq < ? ORDER BY seq")?;
+        let mut select = connection
+            .prepare_cached("SELECT operation FROM log WHERE room = ? AND seq >= ? AND seq < ? ORDER BY seq")?;
         let mut rows = select.query(params![room.id, signed(entries.start), signed(entries.end)])?;
         let mut first = true;
         while let Some(row) = rows.next()? {

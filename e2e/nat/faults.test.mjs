@@ -1,0 +1,185 @@
+// What a bad day brings, in minutes: services that are killed, networks that are cut, lose packets, change; and pages in
+// three networks that write all the time. In the end every page and the archive hold what was written, and nothing else.
+// The schedule is random: HOMEPORT_FAULTS_SEED repeats one, HOMEPORT_FAULTS_SECONDS makes it longer.
+import assert from 'node:assert/strict';
+import { execFile } from 'node:child_process';
+import { existsSync } from 'node:fs';
+import { dirname, join } from 'node:path';
+import { test } from 'node:test';
+import { fileURLToPath } from 'node:url';
+import { promisify } from 'node:util';
+import { launchChromium, openPage, until } from '../lib/browser.mjs';
+import { binary, TURN_USER } from '../lib/homeport.mjs';
+import { Lab, SERVER, unable } from './lab.mjs';
+
+const run = promisify(execFile);
+const here = dirname(fileURLToPath(import.meta.url));
+const reason = unable();
+if (reason) console.log(`faults: skipped, ${reason}`);
+const dist = process.env.GENOSDB_DIST;
+const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
+const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
+const seconds = Number(process.env.HOMEPORT_FAULTS_SECONDS ?? 60);
+const start = Number(process.env.HOMEPORT_FAULTS_SEED ?? Math.floor(Math.random() * 2 ** 32));
+const RELAYS = 5;
+
+/** Numbers that follow from the seed (mulberry32). */
+let state = start;
+function random() {
+  state = (state + 0x6d2b79f5) | 0;
+  let value = Math.imul(state ^ (state >>> 15), 1 | state);
+  value = (value + Math.imul(value ^ (value >>> 7), 61 | value)) ^ value;
+  return ((value ^ (value >>> 14)) >>> 0) / 2 ** 32;
+}
+const between = (low, high) => Math.floor(low + random() * (high - low));
+const wait = ms => new Promise(done => setTimeout(done, ms));
+
+/** The services, each a process of its own on the server. */
+class House {
+  constructor(lab) {
+    Object.assign(this, { lab, running: new Map() });
+  }
+  async start(name) {
+    const [kind, number] = name.split(' ');
+    const listen = `0.0.0.0:${8080 + Number(number ?? 0)}`;
+    const metrics = { relay: 9500 + Number(number ?? 0), turn: 9600, seed: 9700 }[kind];
+    const relays = Array.from({ length: RELAYS }, (_, index) => `"ws://${SERVER}:${8080 + index}/"`);
+    this.running.set(name, await this.lab.spawn(this.lab.server, [binary, kind], /Homeport is up/, {
+      HOMEPORT_DATA: join(this.lab.folder, kind === 'seed' ? 'data' : name.replace(' ', '-')),
+      HOMEPORT_RELAY__LISTEN: listen, HOMEPORT_METRICS__LISTEN: `127.0.0.1:${metrics}`,
+      HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`,
+      HOMEPORT_SEED__RELAYS: `[${relays}]`, HOMEPORT_SEED__ROOM: '[{name="faults"}]', HOMEPORT_METRICS__PROBE: 'false',
+    }));
+  }
+  async kill(name) {
+    const { child, ended } = this.running.get(name);
+    child.kill('SIGKILL');
+    await ended;
+  }
+}
+
+/** Writes twenty times a second: nodes of its own, which it also removes, and such that all write to. */
+function write(name) {
+  const [own, shared] = [new Map(), []];
+  let number = 0;
+  window.writing = setInterval(async () => {
+    number += 1;
+    const pick = Math.random();
+    if (pick < 0.5) {
+      const [id, value] = [`shared-${Math.floor(Math.random() * 10)}`, { by: name, number }];
+      await window.db.put(value, id);
+      const { result } = await window.db.get(id);
+      if (result?.value.by === name && result.value.number === number) shared.push([id, value, [result.timestamp.physical, result.timestamp.logical]]);
+    } else {
+      const id = `${name}-${Math.floor(Math.random() * 300)}`;
+      if (pick > 0.95 && own.get(id)) {
+        own.set(id, null);
+        await window.db.remove(id);
+      } else {
+        own.set(id, { number });
+        await window.db.put({ number }, id);
+      }
+    }
+  }, 50);
+  window.written = () => ({ own: [...own], shared, number });
+}
+
+/** What all hold in the end: of shared nodes the newest; of those that two wrote at the same time, either. */
+function model(written) {
+  const nodes = new Map(written.flatMap(({ own }) => own).filter(([, value]) => value).map(([id, value]) => [id, [value]]));
+  const newest = new Map();
+  for (const [id, value, at] of written.flatMap(({ shared }) => shared)) {
+    const [before, order] = [newest.get(id), at[0] - newest.get(id)?.at[0] || at[1] - newest.get(id)?.at[1]];
+    if (!before || order > 0) newest.set(id, { at, values: [value] });
+    else if (order === 0) before.values.push(value);
+  }
+  for (const [id, { values }] of newest) nodes.set(id, values);
+  return nodes;
+}
+
+/** How what somebody holds differs from the model, in words; empty when it does not. */
+function difference(expected, held) {
+  const wrong = [...held].filter(([id, value]) => !expected.get(id)?.some(one => JSON.stringify(one) === JSON.stringify(value)))
+    .map(([id, value]) => `${id} is ${JSON.stringify(value)} and not ${JSON.stringify(expected.get(id))}`);
+  return [...wrong, ...[...expected.keys()].filter(id => !held.has(id)).map(id => `${id} is missing`)];
+}
+
+test('what pages write outlives everything that can happen to services and networks', { skip: reason }, async () => {
+  console.log(`faults: HOMEPORT_FAULTS_SEED=${start}, ${seconds} s`);
+  const lab = await Lab.start();
+  const browsers = [];
+  try {
+    const house = new House(lab);
+    const services = [...Array.from({ length: RELAYS }, (_, index) => `relay ${index}`), 'turn', 'seed'];
+    for (const name of services) await house.start(name);
+    const places = [];
+    for (const kind of ['port-restricted', 'symmetric', 'UDP blocked']) {
+      const site = await lab.site(kind);
+      const server = await lab.spawn(site.client,
+        [process.execPath, join(here, 'serve-pages.mjs'), ...(dist ? [`genosdb=${dist}`] : [])], /http:\S+/);
+      const browser = await launchChromium([], await site.browser('/usr/bin/chromium'));
+      browsers.push(browser);
+      const options = { rtc: { ...site.rtc(), relayUrls: Array.from({ length: RELAYS }, (_, index) => `ws://${SERVER}:${8080 + index}`) } };
+      const query = new URLSearchParams({ client, name: 'faults', options: JSON.stringify(options) });
+      const page = await openPage(browser, `${server.ready[0]}/pages/database.html?${query}`);
+      await until(page, 'the database', () => window.loaded === true);
+      places.push({ site, page, kind });
+    }
+    for (const { page, kind } of places) {
+      await until(page, 'a link', () => window.db.room.getPeers().size > 0);
+      await page.evaluate(write, kind.replaceAll(' ', '-'));
+    }
+
+    const faults = {
+      'the seed is killed': async () => { await house.kill('seed'); await wait(between(0, 4_000)); await house.start('seed'); },
+      'TURN is killed': async () => { await house.kill('turn'); await wait(between(0, 3_000)); await house.start('turn'); },
+      'four of five relays are killed': async () => {
+        const kept = between(0, RELAYS);
+        const killed = services.filter(name => name.startsWith('relay') && name !== `relay ${kept}`);
+        for (const name of killed) await house.kill(name);
+        await wait(between(1_000, 8_000));
+        for (const name of killed) await house.start(name);
+      },
+      'a network is cut': async ({ site }) => { await site.lose(1); await wait(between(1_000, 12_000)); await site.lose(0); },
+      'a fifth of the packets is lost': async ({ site }) => { await site.lose(0.2); await wait(between(3_000, 8_000)); await site.lose(0); },
+      'a router forgets its mappings': async ({ site }) => site.rebind(),
+      'a client changes its address': async ({ site }) => site.move(),
+      'a router is replaced by one of another kind': async ({ site, kind }) => {
+        await site.become(site.kind === kind ? 'symmetric' : kind);
+      },
+    };
+    const end = Date.now() + seconds * 1_000;
+    const happened = {};
+    while (Date.now() < end) {
+      const [name, fault] = Object.entries(faults)[between(0, Object.keys(faults).length)];
+      const place = places[between(0, places.length)];
+      console.log(`  ${Math.round((end - Date.now()) / 1_000)} s to go: ${name}${fault.length ? ` (${place.kind})` : ''}`);
+      await fault(place);
+      happened[name] = (happened[name] ?? 0) + 1;
+      await wait(between(200, 4_000));
+    }
+
+    for (const { page } of places) await page.evaluate(() => clearInterval(window.writing));
+    const calm = Date.now();
+    const written = await Promise.all(places.map(({ page }) => page.evaluate(() => window.written())));
+    const expected = model(written);
+    const archive = async () => {
+      const { stdout } = await run(binary, ['rooms', 'show', 'faults', '--query', '{}'],
+        { env: { ...process.env, HOMEPORT_DATA: join(lab.folder, 'data') }, maxBuffer: 1 << 28 });
+      return new Map(stdout.split('\n').filter(Boolean).map(JSON.parse).map(({ id, value }) => [id, value]));
+    };
+    const all = [['the archive', archive], ...places.map(({ page, kind }) =>
+      [`the page behind ${kind}`, async () => new Map((await page.evaluate(() => window.nodes())).map(([id, value]) => [id, value]))])];
+    const deadline = Date.now() + 180_000;
+    for (const [who, held] of all) {
+      for (let wrong; (wrong = difference(expected, await held())).length > 0; await wait(250)) {
+        assert.ok(Date.now() < deadline, `${who} differs (HOMEPORT_FAULTS_SEED=${start}): ${wrong.slice(0, 5).join('; ')}; ${wrong.length} in all`);
+      }
+    }
+    const writes = written.reduce((sum, { number }) => sum + number, 0);
+    console.log(`faults: ${writes} writes, ${expected.size} nodes, ${JSON.stringify(happened)}; all the same ${Date.now() - calm} ms after the last`);
+  } finally {
+    for (const browser of browsers) await browser.close();
+    await lab.stop();
+  }
+});
