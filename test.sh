@@ -5,13 +5,15 @@ cd "$(dirname "$0")"
 
 step() { printf '\n== %s\n' "$*"; }
 
-# Debian's packages: Chromium for the pages, Prometheus for the dashboards, coturn for its client of TURN, OpenSSL and
-# pebble for certificates, iproute2 and iptables for machines of a test's own, Python for aioice.
+# Debian's packages: Chromium and Firefox for the pages, Prometheus for the dashboards, coturn for its client of TURN,
+# OpenSSL and pebble for certificates, iproute2, iptables and conntrack for networks of a test's own, Python for aioice.
 missing=()
 command -v turnutils_uclient >/dev/null || missing+=(coturn)
 command -v openssl >/dev/null || missing+=(openssl)
 python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 [ -x /usr/bin/chromium ] || missing+=(chromium)
+[ -x /usr/bin/firefox-esr ] || missing+=(firefox-esr)
+command -v conntrack >/dev/null || missing+=(conntrack)
 command -v ip >/dev/null || missing+=(iproute2)
 command -v iptables >/dev/null || missing+=(iptables)
 command -v pebble >/dev/null || missing+=(pebble)
