@@ -1,7 +1,13 @@
 #!/usr/bin/env bash
 # Runs every test, and installs what they need: checks of form, unit and service tests, then real browsers.
+# With --containers also those that build the image and run docker-compose.yml in a Docker Engine: ten minutes more.
 set -euo pipefail
 cd "$(dirname "$0")"
+case "${1:-}" in
+  "") ;;
+  --containers) export HOMEPORT_CONTAINERS=1 ;;
+  *) echo "usage: ./test.sh [--containers]" >&2; exit 2 ;;
+esac
 
 step() { printf '\n== %s\n' "$*"; }
 
@@ -18,6 +24,11 @@ command -v ip >/dev/null || missing+=(iproute2)
 command -v iptables >/dev/null || missing+=(iptables)
 command -v pebble >/dev/null || missing+=(pebble)
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
+if [ -n "${HOMEPORT_CONTAINERS:-}" ]; then
+  [ -x /usr/sbin/dockerd ] && [ -x /usr/bin/docker ] || missing+=(docker.io)
+  [ -x /usr/sbin/debootstrap ] || missing+=(debootstrap)
+  [ -x /usr/bin/caddy ] || missing+=(caddy)
+fi
 if [ ${#missing[@]} -gt 0 ]; then
   step "installing ${missing[*]}"
   if [ "$(id -u)" != 0 ]; then

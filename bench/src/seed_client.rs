@@ -110,6 +110,11 @@ impl SeedLink {
         Ok(())
     }
 
+    /// The next message of the graph's channel; `None` once the link is closed.
+    pub(crate) async fn message(&mut self) -> Option<String> {
+        self.messages.recv().await.map(|(text, _)| text)
+    }
+
     /// Waits for a whole state; returns its text, and its bytes on their way.
     pub(crate) async fn state(&mut self) -> anyhow::Result<(String, usize)> {
         let next = async {

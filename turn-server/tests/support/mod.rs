@@ -12,7 +12,8 @@ use rustls::{ClientConnection, StreamOwned};
 use stun::attributes::{ATTR_NONCE, ATTR_REALM, ATTR_USERNAME, RawAttribute};
 use stun::integrity::MessageIntegrity;
 use stun::message::{
-    CLASS_REQUEST, CLASS_SUCCESS_RESPONSE, METHOD_ALLOCATE, METHOD_CHANNEL_BIND, Message, MessageType, Method, Setter,
+    CLASS_REQUEST, CLASS_SUCCESS_RESPONSE, METHOD_ALLOCATE, METHOD_CHANNEL_BIND, METHOD_REFRESH, Message, MessageType,
+    Method, Setter,
 };
 use stun::textattrs::TextAttribute;
 use turn::proto::channum::ChannelNumber;
@@ -135,6 +136,13 @@ impl Client {
         let setters: Vec<Box<dyn Setter>> = vec![Box::new(peer), Box::new(ChannelNumber(CHANNEL))];
         let answer = exchange(&mut self.transport, METHOD_CHANNEL_BIND, setters, Some(&self.nonce))?;
         anyhow::ensure!(answer.typ.class == CLASS_SUCCESS_RESPONSE, "no channel: {answer}");
+        Ok(())
+    }
+
+    /// Keeps the allocation for another while.
+    pub(crate) fn refresh(&mut self) -> anyhow::Result<()> {
+        let answer = exchange(&mut self.transport, METHOD_REFRESH, Vec::new(), Some(&self.nonce))?;
+        anyhow::ensure!(answer.typ.class == CLASS_SUCCESS_RESPONSE, "no refresh: {answer}");
         Ok(())
     }
 }
