@@ -43,6 +43,13 @@ step "form"
 cargo fmt --all --check
 cargo clippy --workspace --all-targets --locked -- --deny warnings
 
+if command -v cargo-deny >/dev/null; then
+  # Advisories need a database from the network: cargo deny check has them.
+  cargo deny --offline --log-level error check licenses bans sources
+else
+  echo "licences and sources of dependencies: skipped, there is no cargo-deny (cargo install --locked cargo-deny@0.20.2)"
+fi
+
 step "unit and service tests"
 cargo test --workspace --locked
 

@@ -29,6 +29,9 @@ use webrtc::peer_connection::sdp::session_description::RTCSessionDescription;
 /// Nothing that a test awaits takes nearly so long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
+/// A dial that has led to nothing for so long is made anew.
+const UNANSWERED: Duration = Duration::from_secs(20);
+
 /// What a test sees of its peer.
 pub(crate) struct Client {
     commands: mpsc::UnboundedSender<Command>,
@@ -94,6 +97,7 @@ enum Event {
 }
 
 struct Link {
+    made: Instant,
     connection: Arc<RTCPeerConnection>,
     channel: Option<Arc<RTCDataChannel>>,
     reassembler: Reassembler,
@@ -367,7 +371,8 @@ impl Peer {
                     Some(Command::WriteUnheard(script)) => drop(self.apply(&script)),
                     Some(Command::Send(bytes)) => for link in self.links.values() {
                         if let Some(channel) = &link.channel {
-                            channel.send(&bytes.clone().into()).await.unwrap();
+                            // The other side may have had enough of it, and closed.
+                            let _ = channel.send(&bytes.clone().into()).await;
                         }
                     },
                     Some(Command::MeshSend(data)) => {
@@ -440,6 +445,13 @@ impl Peer {
             }
         }
         let is_wanted = self.cells.as_ref().is_none_or(|cells| cells.wants(&peer));
+        if let Some(link) = self.links.get(&peer)
+            && link.channel.is_none()
+            && link.made.elapsed() > UNANSWERED
+        {
+            let _ = link.connection.close().await;
+            self.unlinked(peer);
+        }
         match signal {
             Signal::Announce { .. } if is_wanted && !self.links.contains_key(&peer) => {
                 Some(self.dial(peer, events).await)
@@ -612,7 +624,8 @@ impl Peer {
 
     fn add_link(&mut self, peer: PeerId, connection: Arc<RTCPeerConnection>) {
         let reassembler = Reassembler::new(Limits::default());
-        self.links.insert(peer, Link { connection, channel: None, reassembler, nonces: Nonces::default() });
+        let made = Instant::now();
+        self.links.insert(peer, Link { made, connection, channel: None, reassembler, nonces: Nonces::default() });
     }
 
     fn unlinked(&mut self, peer: PeerId) {

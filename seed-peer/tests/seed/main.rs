@@ -5,5 +5,6 @@ mod cells;
 #[allow(dead_code, reason = "the test that kills a seed uses the rest")]
 mod client;
 mod data;
+mod hostile;
 mod house;
 mod rooms;

@@ -1,0 +1,165 @@
+//! Peers that mean harm, beside peers that only want to write.
+
+use std::io::Write as _;
+
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
+use genosdb::{ChannelName, Content, Message};
+use seed_peer::{Bounds, RoomConfig, Server};
+
+use crate::client::{Client, wall_ms};
+use crate::house::{config, counted, join, relay, url};
+
+/// Two peers that are linked with the seed alone, so that all between them goes through it.
+struct Calm {
+    writer: Client,
+    reader: Client,
+    written: usize,
+}
+
+impl Calm {
+    async fn join(url: &str) -> Self {
+        let (writer, reader) = (calm_peer(url).await, calm_peer(url).await);
+        Self { writer, reader, written: 0 }
+    }
+
+    /// What the one writes reaches the other.
+    async fn go_on(&mut self, after: &str) {
+        self.written += 1;
+        let id = format!("calm-{}", self.written);
+        self.writer.write(&format!("put {id} \"after {after}\""));
+        self.reader.until(&format!("a write after {after}"), |view| view.graph.get(&id).is_some()).await;
+    }
+}
+
+async fn calm_peer(url: &str) -> Client {
+    let mut peer = join(url);
+    peer.keep_to_the_seed();
+    peer.until("a link", |view| view.linked.len() == 1).await;
+    peer
+}
+
+/// A frame of the graph's channel, which ends its message or does not.
+fn frame(nonce: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = b"syncGraph\0\0\0".to_vec();
+    bytes.extend_from_slice(&[nonce, flags, 0]);
+    bytes.extend_from_slice(payload);
+    bytes
+}
+
+fn send_operations(peer: &Client, text: &str) {
+    let message = Message::new(ChannelName::SYNC_GRAPH, Content::Json(text.to_owned()));
+    for index in 0..message.frames() {
+        peer.send_raw(&message.frame(0, index));
+    }
+}
+
+/// KiB of this process, seed included.
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hostile_peer_costs_the_others_nothing() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let room = RoomConfig::named("my-app");
+    let bounds = Bounds { value_bytes: 100_000, edges: 10_000, ..Bounds::default() };
+    let seed = Server::bind(seed_peer::Config { bounds, ..config(&[&url], data.path(), vec![room]) }).unwrap();
+    let mut calm = Calm::join(&url).await;
+    calm.go_on("nothing").await;
+    let before = resident_kib();
+
+    // A bomb: a gigabyte of blanks in a megabyte.
+    let mut bomb = ZlibEncoder::new(Vec::new(), Compression::fast());
+    for _ in 0..1_024 {
+        bomb.write_all(&vec![b' '; 1 << 20]).unwrap();
+    }
+    let bomb = bomb.finish().unwrap();
+    let rude = calm_peer(&url).await;
+    let chunks: Vec<&[u8]> = bomb.chunks(16_000).collect();
+    for (index, chunk) in chunks.iter().enumerate() {
+        let last = u8::from(index + 1 == chunks.len());
+        rude.send_raw(&frame(0, 8 | 16 | last, chunk));
+    }
+    counted(&seed, "homeport_seed_disconnects_total", "misbehaved", 1.0).await;
+    rude.vanish();
+    calm.go_on("a bomb").await;
+
+    // Messages that never end, until the seed has had enough.
+    let rude = calm_peer(&url).await;
+    for nonce in 0..64 {
+        rude.send_raw(&frame(nonce, 8, &[b'x'; 16_000]));
+    }
+    counted(&seed, "homeport_seed_disconnects_total", "misbehaved", 2.0).await;
+    rude.vanish();
+    calm.go_on("unfinished messages").await;
+
+    // Names that mean something to JavaScript, and times at the ends of the range.
+    let rude = calm_peer(&url).await;
+    let now = wall_ms();
+    let ends = [0, 9_007_199_254_740_991, 18_446_744_073_709_551_615_u64];
+    let mut operations: Vec<String> = ["__proto__", "constructor", "toString", "hasOwnProperty"]
+        .iter()
+        .map(|id| {
+            format!(
+                r#"{{"type":"upsert","id":"{id}","value":{{"__proto__":{{"polluted":true}}}},"timestamp":{{"physical":{now},"logical":1}}}}"#
+            )
+        })
+        .collect();
+    for (index, end) in ends.into_iter().enumerate() {
+        operations.push(format!(
+            r#"{{"type":"upsert","id":"end-{index}","value":1,"timestamp":{{"physical":{end},"logical":{end}}}}}"#
+        ));
+    }
+    operations.push(r#"{"type":"upsert","id":"negative","value":1,"timestamp":{"physical":-1,"logical":0.5}}"#.into());
+    send_operations(&rude, &format!("[{}]", operations.join(",")));
+    calm.reader.until("a node called __proto__", |view| view.graph.get("__proto__").is_some()).await;
+    let view = calm.reader.view();
+    let value = view.graph.get("__proto__").unwrap().value.as_ref().unwrap().to_string();
+    assert_eq!(value, r#"{"__proto__":{"polluted":true}}"#);
+    assert!(
+        view.graph.latest().unwrap().physical <= wall_ms() + genosdb::clock::MAX_DRIFT_MS,
+        "no clock is carried away"
+    );
+    calm.go_on("times at the ends").await;
+
+    // A million edges on one node.
+    let edges: Vec<String> = (0..1_000_000).map(|edge| format!("\"{edge}\"")).collect();
+    send_operations(
+        &rude,
+        &format!(
+            r#"[{{"type":"fullStateSync","graphData":{{"hub":{{"id":"hub","value":1,"edges":[{}],"timestamp":{{"physical":{now},"logical":1}}}}}},"removals":[],"timestamp":null}}]"#,
+            edges.join(",")
+        ),
+    );
+    counted(&seed, "homeport_seed_operations_total", "too_large", 1.0).await;
+    calm.go_on("a million edges").await;
+
+    // As many operations as fit.
+    for round in 0..40 {
+        let flood: Vec<String> = (0..1_000)
+            .map(|number| {
+                format!(
+                    r#"{{"type":"upsert","id":"flood","value":{number},"timestamp":{{"physical":{now},"logical":{}}}}}"#,
+                    2 + round * 1_000 + number
+                )
+            })
+            .collect();
+        send_operations(&rude, &format!("[{}]", flood.join(",")));
+    }
+    counted(&seed, "homeport_seed_operations_total", "too_fast", 20_000.0).await;
+    calm.go_on("a flood").await;
+    let grown = resident_kib().saturating_sub(before) / 1024;
+    println!("after all of it the process, peers included, is {grown} MiB larger");
+    assert!(grown < 700, "{grown} MiB");
+
+    for peer in [calm.writer, calm.reader, rude] {
+        peer.vanish();
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
