@@ -102,6 +102,10 @@ impl Answers {
             for question in waiting {
                 if let Err(error) = self.answer(question) {
                     tracing::warn!(%error, "the archive cannot read");
+                    if let (to, Wanted::Live(_)) = (question.asker, question.wanted) {
+                        // Not asked again: what is left out now, peers ask for when they next do.
+                        let _ = self.replies.send(Reply::Send { to, messages: Vec::new(), sent: u64::MAX });
+                    }
                 }
             }
         }
