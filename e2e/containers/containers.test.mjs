@@ -57,7 +57,7 @@ test('the image is small, and is nobody', options, async () => {
 });
 
 test('a fresh checkout comes up without an edit, and is healthy', options, async () => {
-  console.log(await engine.image('prom/prometheus:v3.5.0', engine.program('/usr/bin/prometheus', ['USER 65534', 'WORKDIR /prometheus', 'ENTRYPOINT ["/usr/bin/prometheus"]'])));
+  console.log(await engine.image('prom/prometheus:v3.5.0', engine.program('/usr/bin/prometheus', ['COPY --chown=65534:65534 empty /prometheus', 'USER 65534', 'WORKDIR /prometheus', 'ENTRYPOINT ["/usr/bin/prometheus"]'])));
   console.log("Grafana's service is only validated: its image cannot be put together from Debian's packages");
   await engine.compose(['up', '--detach', '--wait', '--wait-timeout', '90', 'turn', 'relay', 'seed', 'prometheus']);
   assert.deepEqual(await health(), ['prometheus running ', 'relay running healthy', 'seed running healthy', 'turn running healthy']);

@@ -29,6 +29,7 @@ export class Engine {
     engine.env = { ...process.env, DOCKER_HOST: `unix://${engine.socket}`, DOCKER_BUILDKIT: '1' };
     await mkdir(folder, { recursive: true });
     await rm(join(folder, 'dockerd.pid'), { force: true });
+    engine.rules = execFileSync('iptables-save', { encoding: 'utf8' });
     engine.daemon = spawn('/usr/sbin/dockerd', ['--data-root', join(folder, 'root'), '--exec-root', join(folder, 'exec'),
       '--pidfile', join(folder, 'dockerd.pid'), '--host', `unix://${engine.socket}`, '--exec-opt', 'native.cgroupdriver=cgroupfs',
     ], { stdio: ['ignore', 'ignore', 'pipe'] });
@@ -102,7 +103,7 @@ export class Engine {
     }
   }
 
-  /** A program of this machine in an image, as what is published under that name runs it. */
+  /** A program of this machine in an image, set up as what is published under that name is; `empty` is a folder without files. */
   program(path, settings) {
     return async function make(name) {
       const context = await mkdtemp(join(tmpdir(), 'homeport-image-'));
@@ -113,6 +114,7 @@ export class Engine {
           await mkdir(dirname(join(context, 'tree', file)), { recursive: true });
           await copyFile(file, join(context, 'tree', file));
         }
+        await mkdir(join(context, 'empty'));
         await writeFile(join(context, 'Dockerfile'), ['FROM scratch', 'COPY tree /', ...settings, ''].join('\n'));
         await this.docker('build', '--quiet', '--tag', name, context);
       } finally {
@@ -125,6 +127,7 @@ export class Engine {
     this.daemon.kill('SIGTERM');
     await this.ended;
     // What dockerd leaves behind in this machine's own network.
-    await run('ip', ['link', 'del', 'docker0']).catch(() => {});
+    await run('ip', ['link', 'del', 'docker0']).catch(error => console.log(String(error)));
+    execFileSync('iptables-restore', { input: this.rules });
   }
 }
