@@ -6,7 +6,6 @@
 
 #[allow(dead_code, reason = "what it starts prints where it is")]
 mod process;
-#[allow(dead_code, reason = "bench-seed uses the rest")]
 mod seed_client;
 // The client of the server's own tests.
 #[path = "../../turn-server/tests/support/mod.rs"]
