@@ -106,7 +106,8 @@ pub(super) fn live(
     let first: Option<i64> = connection
         .prepare_cached("SELECT min(seq) FROM log WHERE room = ? AND seq >= ? AND kind = 0")?
         .query_row(params![room.id, signed(from)], |row| row.get(0))?;
-    if first.is_none_or(|first| unsigned(first) > from) && room.nodes <= SMALL_ROOM_NODES && room.bytes <= LIVE_BYTES {
+    let begins_with_node = from <= room.seq && first.is_none_or(|first| unsigned(first) > from);
+    if begins_with_node && room.nodes <= SMALL_ROOM_NODES && room.bytes <= LIVE_BYTES {
         return Ok(Live::State);
     }
     let Some(first) = first else { return Ok(Live::Operations(None, room.seq)) };

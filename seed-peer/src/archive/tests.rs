@@ -13,6 +13,7 @@ use service::{Health, State};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::{Archive, ArchiveConfig, Asker, Bounds, Known, Opened, Received, Reply, RoomKey};
+use crate::mesh::RoomId;
 use crate::metrics::Metrics;
 use crate::rooms::Source;
 use crate::server::RoomConfig;
@@ -209,6 +210,31 @@ fn a_peer_of_a_large_room_that_was_away_shortly_gets_a_delta_and_one_that_was_aw
     assert_eq!(delta.operations, [put(1, 1_000)]);
     let older = Known { timestamp: Some(Hlc::new(old_ms - 3_600_000, 0)), sent: None };
     assert!(matches!(archive.answer(older).0, Operation::FullStateSync(state) if state.nodes.len() == 601));
+}
+
+#[test]
+fn what_is_sent_unasked_is_operations_and_now_and_then_a_small_state() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut archive = Fixture::open(folder.path(), Bounds::default());
+    let live = |archive: &mut Fixture, first: u64| {
+        assert!(archive.archive.as_ref().unwrap().live(archive.room, RoomId(1), first));
+        loop {
+            if let Reply::Send { to: Asker::Linked(_), messages, sent } = archive.replies.blocking_recv().unwrap() {
+                return (messages.iter().map(only_operation).collect::<Vec<_>>(), sent);
+            }
+        }
+    };
+    archive.merge(&[put(1, 1), put(2, 2)]);
+    let (said, sent) = live(&mut archive, 1);
+    assert!(matches!(&said[..], [Operation::DeltaSync(delta)] if delta.operations.len() == 2) && sent == 2);
+    assert_eq!(live(&mut archive, 3), (Vec::new(), 2), "there is nothing new");
+    let mut other = MemoryGraph::default();
+    other.apply(&put(3, 3), NOW_MS);
+    archive.merge(&[Operation::FullStateSync(other.full_state())]);
+    let (said, sent) = live(&mut archive, 3);
+    assert!(matches!(&said[..], [Operation::FullStateSync(state)] if state.nodes.len() == 3) && sent == 3);
+    // Another at once could be the answer to this one.
+    assert_eq!(live(&mut archive, 3), (Vec::new(), 2));
 }
 
 #[test]
