@@ -1,6 +1,7 @@
 // What a bad day brings, in minutes: services that are killed, networks that are cut, lose packets, change; and pages in
 // three networks that write all the time. In the end every page and the archive hold what was written, and nothing else.
-// The schedule is random: HOMEPORT_FAULTS_SEED repeats one, HOMEPORT_FAULTS_SECONDS makes it longer.
+// The schedule follows from a number: HOMEPORT_FAULTS_SEED=random takes another each time and prints it, a number repeats
+// one, HOMEPORT_FAULTS_SECONDS makes it longer.
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
 import { existsSync } from 'node:fs';
@@ -20,7 +21,8 @@ const dist = process.env.GENOSDB_DIST;
 const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
 const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const seconds = Number(process.env.HOMEPORT_FAULTS_SECONDS ?? 60);
-const start = Number(process.env.HOMEPORT_FAULTS_SEED ?? Math.floor(Math.random() * 2 ** 32));
+const wish = process.env.HOMEPORT_FAULTS_SEED ?? '3';
+const start = wish === 'random' ? Math.floor(Math.random() * 2 ** 32) : Number(wish);
 const RELAYS = 5;
 
 /** Numbers that follow from the seed (mulberry32). */

@@ -61,6 +61,7 @@ class Relays {
       opened?.();
     };
     socket.onmessage = ({ data }) => {
+      socket.waits = undefined;
       const [verb, subscription, event] = JSON.parse(data);
       if (verb !== 'EVENT' || this.heard.has(event.id)) return;
       this.heard.add(event.id);
@@ -73,7 +74,15 @@ class Relays {
     };
   }
   say(message) {
-    for (const socket of this.sockets) if (socket?.readyState === 1) socket.send(JSON.stringify(message));
+    for (const socket of this.sockets) {
+      if (socket?.readyState !== 1) continue;
+      // A relay answers whatever it is told. After a change of networks a connection may lead nowhere without saying so.
+      if (performance.now() - (socket.waits ??= performance.now()) > 15_000) {
+        socket.onclose();
+        socket.onclose = socket.onmessage = null;
+        socket.close();
+      } else socket.send(JSON.stringify(message));
+    }
   }
   async subscribe({ topic, kind }, handler) {
     await this.ready;
