@@ -23,6 +23,16 @@ impl Hlc {
         Self { physical, logical }
     }
 
+    /// A timestamp behind which at least `moments` others fit before this one, by counting `logical` up; `None` at the
+    /// beginning of time.
+    pub(crate) fn earlier(self, moments: u64) -> Option<Self> {
+        match self.logical.checked_sub(moments) {
+            Some(logical) => Some(Self { logical, ..self }),
+            // What counts up from 0 stays before the next millisecond, and moves nobody's counter.
+            None => Some(Self { physical: self.physical.checked_sub(1)?, logical: 0 }),
+        }
+    }
+
     /// This timestamp with its physical time at most [`MAX_DRIFT_MS`] ahead of `wall_ms`, so that one peer
     /// with a clock years ahead cannot win every conflict for years.
     #[must_use]

@@ -169,8 +169,8 @@ pub(crate) enum Reply {
     MayLack { link: LinkId },
     /// The highest timestamp of a room has changed.
     Latest { room: RoomKey, latest: Hlc },
-    /// What peers have sent is in a room's log, from the entry `first` to `last`.
-    Logged { room: RoomKey, first: u64, last: u64 },
+    /// What peers have sent is in a room's log, from the entry `first` to `last`; all of it over one link, if it is named.
+    Logged { room: RoomKey, first: u64, last: u64, over: Option<LinkId> },
     /// The seed itself has written to a room: tell its peers.
     Wrote { room: RoomKey, message: Message },
     /// Messages of a room were dropped while the disk refused: ask its peers for everything.

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 
 use genosdb::clock::MAX_DRIFT_MS;
 use genosdb::json::JsonString;
+use genosdb::operation::Node;
 use genosdb::signature::Identity;
 use genosdb::{ChannelName, Hlc, JsonWriter, Message};
 use judged_alone::JudgedAlone;
@@ -83,37 +84,45 @@ pub(super) fn delta(
     max_bytes: u64,
     identity: Option<&Identity>,
 ) -> rusqlite::Result<Option<Message>> {
-    let run = Run::read(connection, room, from, max_bytes, identity)?;
+    let run = Run::read(connection, room, from, max_bytes, identity, Nodes::End)?;
     (run.next == room.seq + 1).then(|| run.finish(connection, room, identity)).transpose()
 }
 
-/// What everybody is sent of the log from the entry `from` on, unasked.
-pub(super) enum Live {
-    /// A delta, and the last entry that is seen to with it.
-    Operations(Option<Message>, u64),
-    /// A node that came with the state of a peer is no operation: the whole state, which is small.
-    State,
-}
-
-/// What everybody is to be sent from the log entry `from` on. In a large room, nodes that came with a peer's state are
-/// left out; peers have them when they next ask.
+/// What everybody is to be sent from the log entry `from` on, unasked, and the last entry that is seen to with it.
 pub(super) fn live(
     connection: &Connection,
     room: &RoomState,
     from: u64,
     identity: Option<&Identity>,
-) -> rusqlite::Result<Live> {
+) -> rusqlite::Result<(Option<Message>, u64)> {
+    // What was compacted meanwhile is older than any that could wait for it.
     let first: Option<i64> = connection
-        .prepare_cached("SELECT min(seq) FROM log WHERE room = ? AND seq >= ? AND kind = 0")?
+        .prepare_cached("SELECT min(seq) FROM log WHERE room = ? AND seq >= ?")?
         .query_row(params![room.id, signed(from)], |row| row.get(0))?;
-    let begins_with_node = from <= room.seq && first.is_none_or(|first| unsigned(first) > from);
-    if begins_with_node && room.nodes <= SMALL_ROOM_NODES && room.bytes <= LIVE_BYTES {
-        return Ok(Live::State);
-    }
-    let Some(first) = first else { return Ok(Live::Operations(None, room.seq)) };
-    let run = Run::read(connection, room, unsigned(first), LIVE_BYTES, identity)?;
+    let Some(first) = first else { return Ok((None, room.seq)) };
+    let run = Run::read(connection, room, unsigned(first), LIVE_BYTES, identity, Nodes::AsOperations)?;
     let last = run.next.saturating_sub(1);
-    Ok(Live::Operations(Some(run.finish(connection, room, identity)?), last))
+    Ok((Some(run.finish(connection, room, identity)?), last))
+}
+
+/// What becomes of nodes that came with a peer's state, where operations are wanted.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Nodes {
+    /// The first of them ends a run.
+    End,
+    /// They are said as operations. Who lacks nothing else then holds them as they are.
+    AsOperations,
+}
+
+/// Hands out the operations of a log entry of `kind`, as JSON.
+fn for_each_operation(kind: i64, entry: &str, mut each: impl FnMut(&str)) {
+    if kind == 0 {
+        return each(entry);
+    }
+    // What is in the archive was parsed before.
+    for operation in Node::parse(entry).iter().flat_map(Node::operations) {
+        each(&operation.to_string());
+    }
 }
 
 /// Operations that follow one another in the log, printed as a delta that is not finished.
@@ -131,27 +140,31 @@ impl Run {
         first: u64,
         max_bytes: u64,
         identity: Option<&Identity>,
+        nodes: Nodes,
     ) -> rusqlite::Result<Self> {
         let max_bytes = usize::try_from(max_bytes).unwrap_or(usize::MAX);
         let mut text = JsonWriter::new(ChannelName::SYNC_GRAPH);
         text.push_str(r#"[{"type":"deltaSync","operations":["#);
         let mut judged = identity.map(|_| JudgedAlone::default());
-        let mut next = first;
+        let (mut next, mut is_first) = (first, true);
         let mut select = connection
             .prepare_cached("SELECT seq, kind, operation FROM log WHERE room = ? AND seq >= ? ORDER BY seq")?;
         let mut rows = select.query(params![room.id, signed(first)])?;
         while let Some(row) = rows.next()? {
-            if unsigned(row.get(0)?) != next || row.get::<_, i64>(1)? != 0 || text.written() > max_bytes {
+            let kind = row.get(1)?;
+            if unsigned(row.get(0)?) != next || (kind != 0 && nodes == Nodes::End) || text.written() > max_bytes {
                 break;
             }
-            let operation = row.get_ref(2)?.as_str()?;
-            if judged.as_mut().is_some_and(|judged| !judged.takes(operation)) {
+            let entry = row.get_ref(2)?.as_str()?;
+            if judged.as_mut().is_some_and(|judged| !judged.takes(kind, entry)) {
                 break;
             }
-            if next > first {
-                text.push_str(",");
-            }
-            text.push_str(operation);
+            for_each_operation(kind, entry, |operation| {
+                if !std::mem::take(&mut is_first) {
+                    text.push_str(",");
+                }
+                text.push_str(operation);
+            });
             next += 1;
         }
         Ok(Self { text, first, next })

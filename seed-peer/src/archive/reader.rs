@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
 
 use genosdb::Message;
 use genosdb::signature::Identity;
@@ -21,8 +20,6 @@ const CACHE_BYTES: usize = 48 << 20;
 const FRESH_SHARE: u64 = 10;
 /// So many operations since are always few.
 const FEW: u64 = 200;
-/// How often a room's whole state is sent to all, unasked.
-const STATE_INTERVAL: Duration = Duration::from_secs(5);
 /// What an operation takes, at most, for a state that is kept to be sent with the operations since.
 const OPERATION_BYTES: u64 = 2_000;
 
@@ -44,8 +41,7 @@ impl Reader {
         let database = |source| OpenError::Database { path: file.path.clone(), source };
         let connection = file.reader().map_err(database)?;
         let (questions, receiver) = channel();
-        let mut answers =
-            Answers { connection, identity, states: Vec::new(), passed_on: HashMap::new(), replies, metrics };
+        let mut answers = Answers { connection, identity, states: Vec::new(), replies, metrics };
         let thread = std::thread::Builder::new()
             .name("archive-reader".into())
             .spawn(move || answers.run(&receiver))
@@ -84,8 +80,6 @@ struct Answers {
     identity: Option<Arc<Identity>>,
     /// The most recently used last.
     states: Vec<CachedState>,
-    /// When a room's whole state was last sent to all, unasked.
-    passed_on: HashMap<RoomKey, Instant>,
     replies: UnboundedSender<Reply>,
     metrics: Metrics,
 }
@@ -134,17 +128,8 @@ impl Answers {
         let known = match wanted {
             Wanted::Since(known) => known,
             Wanted::Live(first) => {
-                return match answer::live(&self.connection, &room, first, self.identity.as_deref())? {
-                    answer::Live::Operations(message, last) => Ok((message.into_iter().collect(), last)),
-                    // Peers that have more answer a state with theirs, and that may bring the next.
-                    answer::Live::State if self.passed_on.get(&key).is_some_and(|at| at.elapsed() < STATE_INTERVAL) => {
-                        Ok((Vec::new(), first.saturating_sub(1)))
-                    }
-                    answer::Live::State => {
-                        self.passed_on.insert(key, Instant::now());
-                        Ok((self.full_state(key, &room)?, room.seq))
-                    }
-                };
+                let (message, last) = answer::live(&self.connection, &room, first, self.identity.as_deref())?;
+                return Ok((message.into_iter().collect(), last));
             }
         };
         if let Some(delta) = answer::delta_for(&self.connection, &room, known, self.identity.as_deref())? {

@@ -16,6 +16,7 @@ use super::schema::ArchiveFile;
 use super::{
     ArchiveConfig, Asker, Known, Question, Reply, Request, RoomKey, Shared, Wanted, compaction, health_ok, room_rows,
 };
+use crate::links::LinkId;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
 use crate::rooms::RoomError;
@@ -219,7 +220,7 @@ impl Writer {
                     let (first, last) = (self.rooms.get(&room).map_or(0, |before| before.seq) + 1, state.seq);
                     self.committed(state);
                     if first <= last {
-                        self.reply(Reply::Logged { room, first, last });
+                        self.reply(Reply::Logged { room, first, last, over: only_link(&all, room) });
                     }
                 }
                 self.release(&all);
@@ -408,6 +409,16 @@ struct Committed {
 enum Due {
     Reply(Reply),
     Answer(Question),
+}
+
+/// The link over which everything came that was merged into a room, if it was one.
+fn only_link(merged: &[Request], room: RoomKey) -> Option<LinkId> {
+    let mut askers = merged.iter().filter_map(|request| match request {
+        Request::Merge { room: other, asker, .. } if *other == room => Some(*asker),
+        _ => None,
+    });
+    let Some(Asker::Link(link)) = askers.next() else { return None };
+    askers.all(|asker| asker == Asker::Link(link)).then_some(link)
 }
 
 /// A peer lacks something: it is sent everything.

@@ -83,7 +83,7 @@ impl Live {
 
 impl Mesh {
     /// What peers have sent is in the log of a database.
-    pub(super) fn logged(&mut self, now: Instant, key: RoomKey, first: u64, last: u64) {
+    pub(super) fn logged(&mut self, now: Instant, key: RoomKey, first: u64, last: u64, over: Option<LinkId>) {
         if !self.pass_on {
             return;
         }
@@ -92,12 +92,19 @@ impl Mesh {
             if room.archive != key || room.part != Part::Graph || room.cells.is_some() {
                 continue;
             }
-            if room.open_links() < 2 {
+            let (one, another) = {
+                let mut links = room.links().map(|(_, _, link)| link);
+                (links.next(), links.next())
+            };
+            match (one, another) {
                 // Who comes asks for what it lacks.
-                room.live.forget();
-            } else {
-                room.live.logged(first, last, now);
-                ids.push(room.id);
+                (None, _) => room.live.forget(),
+                // Who is there alone has it. What another sent just before it left is another matter.
+                (one, None) if one == over => {}
+                _ => {
+                    room.live.logged(first, last, now);
+                    ids.push(room.id);
+                }
             }
         }
         for id in ids {
@@ -130,10 +137,11 @@ impl Mesh {
     pub(super) fn catch_up(&mut self, now: Instant, id: RoomId, behind: BTreeSet<LinkId>) {
         for link in behind {
             let Some(owner) = self.state.owners.get(&link) else { continue };
-            let sent = owner.sent;
+            // Who has not been answered yet is sent everything by that answer, to what it asks.
+            let Some(sent) = owner.sent else { continue };
             let is_busy = self.is_busy(link);
             let Some(room) = self.state.rooms.get_mut(&id) else { return };
-            let known = Known { timestamp: room.latest, sent };
+            let known = Known { timestamp: room.latest, sent: Some(sent) };
             if is_busy || !self.archive.answer(room.archive, Asker::Link(link), known) {
                 room.live.is_behind(link, now);
             }

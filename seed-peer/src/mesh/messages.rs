@@ -382,7 +382,7 @@ impl Mesh {
                     self.send(link, sync_message(None, self.identity.as_deref()));
                 }
             }
-            Reply::Logged { room, first, last } => self.logged(now, room, first, last),
+            Reply::Logged { room, first, last, over } => self.logged(now, room, first, last, over),
             Reply::Wrote { room, message } => self.tell(room, &message),
             Reply::Missed { room } => {
                 let rooms = self.state.rooms.values().filter(|one| one.archive == room && one.part == Part::Graph);

@@ -1,5 +1,6 @@
 //! Rooms in a full mesh.
 
+use genosdb::graph::Outcome;
 use genosdb::{MemoryGraph, Operation};
 use seed_peer::{CellsConfig, RelayKey, RoomConfig, RoomError, Server};
 
@@ -16,8 +17,10 @@ const SCRIPT: &str = r#"
     remove c
 "#;
 
-const WRITTEN_ELSEWHERE: &str =
-    r#"{"type":"upsert","id":"elsewhere","value":1,"timestamp":{"physical":1700000000000,"logical":1}}"#;
+const WRITTEN_ELSEWHERE: [&str; 2] = [
+    r#"{"type":"upsert","id":"elsewhere","value":1,"timestamp":{"physical":1700000000000,"logical":1}}"#,
+    r#"{"type":"link","sourceId":"elsewhere","targetId":"x1","timestamp":{"physical":1700000000000,"logical":9}}"#,
+];
 
 #[tokio::test]
 async fn what_a_peer_wrote_outlives_it_and_a_restart() {
@@ -127,13 +130,27 @@ async fn who_is_linked_with_the_seed_alone_hears_what_others_write() {
         })
         .await;
     }
-    // Somebody comes with what it wrote elsewhere, which it is asked for.
+    // Somebody comes with what it wrote elsewhere, which it is asked for, and tells as a state: it is more than its log
+    // keeps.
     let mut graph = MemoryGraph::default();
-    graph.apply(&Operation::parse(WRITTEN_ELSEWHERE, &mut 0).unwrap(), wall_ms());
+    for number in 0..600 {
+        let text = format!(
+            r#"{{"type":"upsert","id":"x{number}","value":1,"timestamp":{{"physical":{},"logical":1}}}}"#,
+            wall_ms() - 60_000
+        );
+        graph.apply(&Operation::parse(&text, &mut 0).unwrap(), wall_ms());
+    }
+    for text in WRITTEN_ELSEWHERE {
+        assert_eq!(graph.apply(&Operation::parse(text, &mut 0).unwrap(), wall_ms()), Outcome::Applied);
+    }
     peers.push(Client::join(&url(&relay), "my-app", "", new_id(), graph));
     peers[3].keep_to_the_seed();
     for peer in &mut peers {
-        peer.until("what somebody had written", |view| view.graph.get("elsewhere").is_some()).await;
+        let all = |view: &View| {
+            let edges = view.graph.get("elsewhere").map(|node| &node.edges[..]);
+            view.graph.iter().count() == 603 && edges.is_some_and(|edges| edges.len() == 1)
+        };
+        peer.until("what somebody had written", all).await;
     }
     for peer in peers {
         peer.vanish();

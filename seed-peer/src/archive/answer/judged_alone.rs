@@ -8,6 +8,7 @@ use std::collections::HashSet;
 
 use genosdb::Operation;
 use genosdb::json::{JsonString, Value};
+use genosdb::operation::Node;
 use genosdb::security::USER_PREFIX;
 
 /// The operations of one delta, so far.
@@ -20,16 +21,23 @@ pub(super) struct JudgedAlone {
 }
 
 impl JudgedAlone {
-    /// Takes the next operation, as it is logged. Returns whether it depends on none before it.
-    pub(super) fn takes(&mut self, operation: &str) -> bool {
+    /// Takes the next log entry, of `kind`. Returns whether it depends on none before it.
+    pub(super) fn takes(&mut self, kind: i64, entry: &str) -> bool {
         if self.has_role {
             return false;
         }
-        let (id, value) = match Operation::parse(operation, &mut 0) {
-            Ok(Operation::Upsert(upsert)) => (upsert.id, upsert.value),
-            Ok(Operation::Remove(remove)) => (remove.id, None),
-            Ok(Operation::Link(link)) => (link.source, None),
-            _ => return true,
+        let (id, value) = if kind == 0 {
+            match Operation::parse(entry, &mut 0) {
+                Ok(Operation::Upsert(upsert)) => (upsert.id, upsert.value),
+                Ok(Operation::Remove(remove)) => (remove.id, None),
+                Ok(Operation::Link(link)) => (link.source, None),
+                _ => return true,
+            }
+        } else {
+            match Node::parse(entry) {
+                Ok(node) => (node.id, node.value),
+                Err(_) => return true,
+            }
         };
         if self.owned.contains(&id) {
             return false;

@@ -8,7 +8,7 @@ use genosdb::signature::Identity;
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::super::graph::{RoomState, signed};
-use super::print_node;
+use super::{for_each_operation, print_node};
 
 /// The members that sign the delta of some log entries, each behind a comma; nothing without an identity.
 pub(super) fn of_delta(
@@ -20,14 +20,16 @@ pub(super) fn of_delta(
     sign(identity, |origin, write| {
         write(r#"{"operations":["#);
         let mut select = connection
-            .prepare_cached("SELECT operation FROM log WHERE room = ? AND seq >= ? AND seq < ? ORDER BY seq")?;
+            .prepare_cached("SELECT kind, operation FROM log WHERE room = ? AND seq >= ? AND seq < ? ORDER BY seq")?;
         let mut rows = select.query(params![room.id, signed(entries.start), signed(entries.end)])?;
         let mut first = true;
         while let Some(row) = rows.next()? {
-            if !std::mem::take(&mut first) {
-                write(",");
-            }
-            write(sorted(row.get_ref(0)?.as_str()?).as_str());
+            for_each_operation(row.get(0)?, row.get_ref(1)?.as_str()?, |operation| {
+                if !std::mem::take(&mut first) {
+                    write(",");
+                }
+                write(sorted(operation).as_str());
+            });
         }
         write(&format!(r#"],{origin},"timestamp":{},"type":"deltaSync"}}"#, timestamp(room.latest)));
         Ok(())
