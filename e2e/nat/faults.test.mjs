@@ -5,6 +5,7 @@
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
 import { existsSync } from 'node:fs';
+import { writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
@@ -39,15 +40,27 @@ const wait = ms => new Promise(done => setTimeout(done, ms));
 /** The services, each a process of its own on the server. */
 class House {
   constructor(lab) {
-    Object.assign(this, { lab, running: new Map() });
+    Object.assign(this, { lab, running: new Map(), library: join(lab.folder, 'strain.so') });
   }
+  static async of(lab) {
+    const house = new House(lab);
+    await run('cc', ['-shared', '-fPIC', '-O2', '-Wall', '-Werror', '-o', house.library, join(here, 'strain.c')]);
+    return house;
+  }
+  /** What a service suffers from now on, restarts included: how much longer a sync to disk takes, how far its clock is off. */
+  async strain(name, { syncMs = 0, clockSeconds = 0 }) {
+    await writeFile(this.strainOf(name), new Uint8Array(BigInt64Array.of(BigInt(syncMs * 1_000), BigInt(clockSeconds)).buffer), { flag: 'r+' });
+  }
+  strainOf(name) { return join(this.lab.folder, `strain-${name.replace(' ', '-')}`); }
   async start(name) {
+    // Never shorter than what is mapped of it.
+    if (!existsSync(this.strainOf(name))) await writeFile(this.strainOf(name), new Uint8Array(16));
     const [kind, number] = name.split(' ');
     const listen = `0.0.0.0:${8080 + Number(number ?? 0)}`;
     const metrics = { relay: 9500 + Number(number ?? 0), turn: 9600, seed: 9700 }[kind];
     const relays = Array.from({ length: RELAYS }, (_, index) => `"ws://${SERVER}:${8080 + index}/"`);
     this.running.set(name, await this.lab.spawn(this.lab.server, [binary, kind], /Homeport is up/, {
-      HOMEPORT_DATA: join(this.lab.folder, kind === 'seed' ? 'data' : name.replace(' ', '-')),
+      LD_PRELOAD: this.library, STRAIN: this.strainOf(name), HOMEPORT_DATA: join(this.lab.folder, kind === 'seed' ? 'data' : name.replace(' ', '-')),
       HOMEPORT_RELAY__LISTEN: listen, HOMEPORT_METRICS__LISTEN: `127.0.0.1:${metrics}`,
       HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`,
       HOMEPORT_SEED__RELAYS: `[${relays}]`, HOMEPORT_SEED__ROOM: '[{name="faults"}]', HOMEPORT_METRICS__PROBE: 'false',
@@ -111,7 +124,7 @@ test('what pages write outlives everything that can happen to services and netwo
   const lab = await Lab.start();
   const browsers = [];
   try {
-    const house = new House(lab);
+    const house = await House.of(lab);
     const services = [...Array.from({ length: RELAYS }, (_, index) => `relay ${index}`), 'turn', 'seed'];
     for (const name of services) await house.start(name);
     const places = [];
@@ -144,6 +157,17 @@ test('what pages write outlives everything that can happen to services and netwo
       },
       'a network is cut': async ({ site }) => { await site.lose(1); await wait(between(1_000, 12_000)); await site.lose(0); },
       'a fifth of the packets is lost': async ({ site }) => { await site.lose(0.2); await wait(between(3_000, 8_000)); await site.lose(0); },
+      'what leaves a network takes 300 ms longer': async ({ site }) => { await site.delay(300); await wait(between(3_000, 8_000)); await site.delay(0); },
+      "the seed's disk is slow": async () => {
+        await house.strain('seed', { syncMs: between(200, 1_500) });
+        await wait(between(2_000, 8_000));
+        await house.strain('seed', {});
+      },
+      'a clock is set by hours': async () => {
+        const name = services[between(0, services.length)];
+        await house.strain(name, { clockSeconds: between(-5 * 3_600, 5 * 3_600) });
+        return name;
+      },
       'a router forgets its mappings': async ({ site }) => site.rebind(),
       'a client changes its address': async ({ site }) => site.move(),
       'a router is replaced by one of another kind': async ({ site, kind }) => {
@@ -155,8 +179,9 @@ test('what pages write outlives everything that can happen to services and netwo
     while (Date.now() < end) {
       const [name, fault] = Object.entries(faults)[between(0, Object.keys(faults).length)];
       const place = places[between(0, places.length)];
-      console.log(`  ${Math.round((end - Date.now()) / 1_000)} s to go: ${name}${fault.length ? ` (${place.kind})` : ''}`);
-      await fault(place);
+      const left = Math.round((end - Date.now()) / 1_000);
+      const what = await fault(place) ?? (fault.length ? place.kind : '');
+      console.log(`  ${left} s to go: ${name}${what && ` (${what})`}`);
       happened[name] = (happened[name] ?? 0) + 1;
       await wait(between(200, 4_000));
     }
@@ -173,13 +198,15 @@ test('what pages write outlives everything that can happen to services and netwo
     const all = [['the archive', archive], ...places.map(({ page, kind }) =>
       [`the page behind ${kind}`, async () => new Map((await page.evaluate(() => window.nodes())).map(([id, value]) => [id, value]))])];
     const deadline = Date.now() + 180_000;
+    const agreed = {};
     for (const [who, held] of all) {
       for (let wrong; (wrong = difference(expected, await held())).length > 0; await wait(250)) {
         assert.ok(Date.now() < deadline, `${who} differs (HOMEPORT_FAULTS_SEED=${start}): ${wrong.slice(0, 5).join('; ')}; ${wrong.length} in all`);
       }
+      agreed[who] = Date.now() - calm;
     }
     const writes = written.reduce((sum, { number }) => sum + number, 0);
-    console.log(`faults: ${writes} writes, ${expected.size} nodes, ${JSON.stringify(happened)}; all the same ${Date.now() - calm} ms after the last`);
+    console.log(`faults: ${writes} writes, ${expected.size} nodes, ${JSON.stringify(happened)}; the same after ms: ${JSON.stringify(agreed)}`);
   } finally {
     for (const browser of browsers) await browser.close();
     await lab.stop();

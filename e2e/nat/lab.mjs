@@ -4,11 +4,13 @@ import { execFile, execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { chmod, mkdtemp, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { binary, TURN_USER } from '../lib/homeport.mjs';
 
 const run = promisify(execFile);
+const here = dirname(fileURLToPath(import.meta.url));
 
 /** The server's addresses. The relay is at the first, on port 443 as well; TURN over TLS is at the second, on port 443. */
 export const SERVER = '45.79.10.10';
@@ -106,6 +108,28 @@ class Site {
       const tables = words => run('ip', ['netns', 'exec', this.router, command, '-w', '-t', 'mangle', ...words]);
       await tables(['-F', 'FORWARD']);
       if (share > 0) await tables(['-A', 'FORWARD', ...rule]);
+    }
+  }
+
+  /** From now on holds up what leaves the client's network over IPv4 for so many milliseconds; 0 does not. */
+  async delay(ms) {
+    const router = words => run('ip', ['netns', 'exec', this.router, ...words.split(' ')]);
+    // What is held up comes back by another device; only then may its connection be tracked, and its address changed.
+    const untracked = how => router(`iptables -w -t raw -${how} PREROUTING -i lan -j NOTRACK`);
+    if (this.holding) {
+      await untracked('D');
+      await router('ip rule del iif lan lookup 100');
+      this.holding.child.kill('SIGTERM');
+      await this.holding.ended;
+      this.holding = undefined;
+    }
+    if (ms > 0) {
+      this.holding = await this.lab.spawn(this.router, ['python3', join(here, 'delay.py'), 'held', `${ms}`], /ready/);
+      await router('ip link set held up');
+      await router('sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.held.rp_filter=0 net.ipv4.conf.lan.rp_filter=0');
+      await router('ip route replace default dev held table 100');
+      await router('ip rule add iif lan lookup 100');
+      await untracked('A');
     }
   }
 

@@ -36,6 +36,7 @@ use crate::metrics::Metrics;
 use crate::rooms::{Respond, RoomError, Source};
 use crate::security::Security;
 use crate::server::RoomConfig;
+use crate::time_of_day;
 pub(crate) use compaction::make_shadow;
 pub(crate) use compaction::replay;
 pub(crate) use graph::{RoomGraph, RoomState, read_node, unsigned};
@@ -222,7 +223,10 @@ pub(crate) struct Opened {
 impl Opened {
     /// Opens or creates the archive in `folder`.
     pub(crate) fn open(folder: &Path) -> Result<Self, OpenError> {
-        Ok(Self { file: schema::open(folder)?, rooms: HashMap::new() })
+        let file = schema::open(folder)?;
+        let database = |source| OpenError::Database { path: file.path.clone(), source };
+        time_of_day::not_before(room_rows::last_received(&file.connection).map_err(database)?);
+        Ok(Self { file, rooms: HashMap::new() })
     }
 
     /// The room of `config`, created when it is new.

@@ -20,6 +20,7 @@ mod roster;
 mod security;
 mod server;
 mod signalling;
+mod time_of_day;
 
 pub use addresses::ExternalAddress;
 pub use archive::{Bounds, Edit, EditError, Imported, OpenError, Written};

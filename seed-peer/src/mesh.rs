@@ -9,7 +9,7 @@ mod room;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use genosdb::signature::Identity;
 use genosdb::{ChannelName, Limits, Message, PeerId, Signal};
@@ -27,6 +27,7 @@ use crate::notices::Notices;
 use crate::room::{Action, RoomPeer, Said, Why};
 use crate::rooms::Command;
 use crate::signalling::{Heard, Listener, RelayIndex, Signalling};
+use crate::time_of_day::wall_ms;
 
 pub(crate) use databases::Database;
 use messages::OperationRate;
@@ -552,10 +553,4 @@ impl Mesh {
         self.signalling.shutdown(DRAIN).await;
         self.archive
     }
-}
-
-/// The time of day, in ms since the Unix epoch.
-pub(crate) fn wall_ms() -> u64 {
-    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since_epoch.as_millis()).unwrap_or(u64::MAX)
 }

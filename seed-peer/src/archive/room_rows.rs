@@ -91,6 +91,16 @@ pub(super) fn added(connection: &Connection) -> rusqlite::Result<Vec<RoomConfig>
     Ok(rooms)
 }
 
+/// When the last operation of any room was received, in ms since the Unix epoch; 0 before the first.
+pub(super) fn last_received(connection: &Connection) -> rusqlite::Result<u64> {
+    let last: Option<i64> = connection.query_row(
+        "SELECT max((SELECT max(received) FROM log WHERE room = room.id)) FROM room",
+        [],
+        |row| row.get(0),
+    )?;
+    Ok(last.map_or(0, unsigned))
+}
+
 /// Remembers whether a room is paused.
 pub(super) fn set_paused(connection: &Connection, room: RoomKey, paused: bool) -> rusqlite::Result<()> {
     connection.execute("UPDATE room SET paused = ? WHERE id = ?", params![paused, room.0])?;

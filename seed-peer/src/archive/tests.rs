@@ -417,7 +417,7 @@ proptest! {
     #[test]
     fn what_is_compacted_amounts_to_the_same(older in schedules(), newer in schedules()) {
         let folder = tempfile::tempdir().unwrap();
-        let now = crate::mesh::wall_ms();
+        let now = crate::time_of_day::wall_ms();
         let mut expected = MemoryGraph::default();
         let mut archive = Fixture::open(folder.path(), Bounds::default());
         let mut is_older_logged = false;

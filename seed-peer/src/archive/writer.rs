@@ -340,7 +340,8 @@ impl Writer {
     /// Takes a step in compacting what is older than is to be kept.
     fn compact(&mut self) {
         let Some(keep) = self.config.keep.filter(|_| Instant::now() >= self.next_compaction) else { return };
-        let horizon_ms = crate::mesh::wall_ms().saturating_sub(u64::try_from(keep.as_millis()).unwrap_or(u64::MAX));
+        let horizon_ms =
+            crate::time_of_day::wall_ms().saturating_sub(u64::try_from(keep.as_millis()).unwrap_or(u64::MAX));
         match compaction::step(&mut self.file.connection, horizon_ms) {
             // The rest follows at once, but for what has queued up meanwhile.
             Ok(taken) if taken > 0 => {

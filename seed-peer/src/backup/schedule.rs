@@ -8,8 +8,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::manifest::{Kind, id_of};
 use super::{BackupError, BackupReport, BackupTarget, Backups, TargetError};
-use crate::mesh::wall_ms;
 use crate::metrics::Metrics;
+use crate::time_of_day::wall_ms;
 
 /// How long to wait after a backup that failed.
 const RETRY: Duration = Duration::from_secs(300);

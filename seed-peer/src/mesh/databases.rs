@@ -6,13 +6,14 @@ use genosdb::PeerId;
 
 use super::live::Live;
 use super::room::{Governor, MeshRoom, Part, RoomAnswers, place};
-use super::{Mesh, RoomId, wall_ms};
+use super::{Mesh, RoomId};
 use crate::archive::{OpenRoom, RoomKey};
 use crate::cells::Cells;
 use crate::room::RoomPeer;
 use crate::rooms::{Command, RoomError, RoomStatus, Source};
 use crate::roster::Roster;
 use crate::server::RoomConfig;
+use crate::time_of_day::wall_ms;
 
 /// A database that the seed keeps.
 pub(crate) struct Database {

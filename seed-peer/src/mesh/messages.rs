@@ -11,10 +11,11 @@ use genosdb::{Batch, CellIndex, ChannelName, Content, Hlc, Message, Operation, P
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 
 use super::room::{MeshRoom, Part};
-use super::{Mesh, RoomId, wall_ms};
+use super::{Mesh, RoomId};
 use crate::archive::{Asker, Known, Received, Reply, RoomKey};
 use crate::link::Refused;
 use crate::links::LinkId;
+use crate::time_of_day::wall_ms;
 
 /// Operations that may come at once, as seconds of the rate.
 const OPERATION_BURST_SECONDS: u32 = 10;
