@@ -22,6 +22,7 @@ python3 -c 'import venv, ensurepip' 2>/dev/null || missing+=(python3-venv)
 command -v conntrack >/dev/null || missing+=(conntrack)
 command -v ip >/dev/null || missing+=(iproute2)
 command -v iptables >/dev/null || missing+=(iptables)
+command -v nats-server >/dev/null || missing+=(nats-server)
 command -v pebble >/dev/null || missing+=(pebble)
 command -v prometheus >/dev/null && command -v promtool >/dev/null || missing+=(prometheus)
 if [ -n "${HOMEPORT_CONTAINERS:-}" ]; then

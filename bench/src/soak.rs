@@ -192,10 +192,13 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     for name in ["the minute after", "the next"] {
         sample(&process, &load, name).await?;
     }
-    println!("\nMemory after the first {WARM_UP_MINUTES} minutes: {:+.1} KiB a minute.\n", slope(&samples));
-    println!("What was counted, with the minute of too much:\n");
+    println!("\n| memory after the first {WARM_UP_MINUTES} minutes | KiB a minute |\n| --- | --- |");
+    println!("| slope | {:+.1} |", slope(&samples));
+    println!("\n| counted, with the minute of too much | |\n| --- | --- |");
     for line in counted(metrics).await? {
-        println!("    {line}");
+        if let Some((name, count)) = line.rsplit_once(' ') {
+            println!("| `{name}` | {count} |");
+        }
     }
     load.stop.store(true, Ordering::Relaxed);
     for thread in threads {

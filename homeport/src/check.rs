@@ -1,5 +1,6 @@
 //! `homeport check`, the doctor: what works, what does not, and what to do about it.
 
+mod cluster;
 mod kept;
 mod machine;
 mod names;
@@ -118,6 +119,7 @@ fn look(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
         if !args.offline {
             let asked = |service| args.services.is_empty() || args.services.contains(&service);
             findings.extend(names::look_up(&settings).await);
+            findings.extend(cluster::ask(&settings).await?);
             findings.extend(services::ask(&settings, asked).await?);
         }
         Ok(findings)

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use axum::extract::{ConnectInfo, State};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use serde_json::{Value, json};
 
-use crate::turn_credentials::TurnCredentials;
+use crate::turn_credentials::{TurnCredentials, region_of};
 
 /// What is known of the services when the relay starts.
 #[derive(Clone)]
@@ -48,13 +48,14 @@ impl ClientConfig {
 async fn page(
     State(config): State<Arc<ClientConfig>>,
     ConnectInfo(client): ConnectInfo<SocketAddr>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Response {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).filter(|host| is_host(host));
     let cross_origin = [(header::ACCESS_CONTROL_ALLOW_ORIGIN, "*"), (header::CACHE_CONTROL, "no-store")];
     // Whoever gets no credentials still learns of the relay.
     let turn = match &config.turn {
-        Some(turn) if turn.admits(client, &headers).is_ok() => turn.ice_servers(SystemTime::now()),
+        Some(turn) if turn.admits(client, &headers).is_ok() => turn.ice_servers(region_of(&uri), SystemTime::now()),
         _ => json!([]),
     };
     (cross_origin, Json(config.document(host, turn))).into_response()

@@ -20,6 +20,7 @@ mod status;
 mod summary;
 mod turn_credentials;
 mod turn_secret;
+mod turn_servers;
 
 use std::io::ErrorKind;
 use std::path::PathBuf;

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use seed_peer::{CheckRoom, RelayKey};
-use service::{MetricsServer, Telemetry};
+use service::{Cluster, MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use turn_server::ProbeTransport;
 
 use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
-use crate::client_config::{ClientConfig, printed};
+use crate::client_config::ClientConfig;
 use crate::link_checks::Checks;
 use crate::others::Others;
 use crate::probe::meeting::MeetingPlace;
@@ -21,8 +21,9 @@ use crate::reports::Reports;
 use crate::settings::{OneOrMany, Settings};
 use crate::status::Status;
 use crate::summary::{Summary, TurnSummary};
-use crate::turn_credentials::{TurnCredentials, TurnPlace};
+use crate::turn_credentials::TurnCredentials;
 use crate::turn_secret;
+use crate::turn_servers::{Announcer, TurnServers};
 
 /// Which services run in this process.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +81,15 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         }
         None => None,
     };
+    let cluster = match settings.cluster()? {
+        Some(config) => {
+            let cluster = Cluster::connect(config).await?;
+            status.add(Some("cluster"), cluster.telemetry().clone());
+            telemetry.push(cluster.telemetry().clone());
+            Some(cluster)
+        }
+        None => None,
+    };
     let turn = if services.turn {
         let server = turn_server::Server::bind(settings.turn()?).await?;
         summary.turn = Some(TurnSummary {
@@ -96,16 +106,28 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let relay_key = settings.relay_key()?;
     let probe_key = RelayKey::generate();
     let own_keys: Vec<&RelayKey> = services.seed.then_some(&relay_key).into_iter().chain([&probe_key]).collect();
+    let turn_servers = Arc::new(settings.turn_servers(summary.turn, cluster.is_some()).await?);
+    let mut of_cluster = Vec::new();
+    let announcer = match (&cluster, &turn, summary.turn) {
+        (Some(cluster), Some(turn), Some(own)) => {
+            let own_list = services.relay.then(|| Arc::clone(&turn_servers));
+            let announcer = Announcer::new(cluster.clone(), settings.turn_server(own), turn, own_list);
+            of_cluster.push(announcer.start());
+            Some(announcer)
+        }
+        _ => None,
+    };
     let relay = if services.relay {
-        let mut routes = client_config(&settings, summary.turn).await?.routes();
+        of_cluster.extend(cluster.as_ref().map(|cluster| turn_servers.listen(cluster)));
+        let mut routes = client_config(&settings, turn_servers)?.routes();
         if settings.relay.reports {
             let reported = Telemetry::default();
             routes = routes.merge(Reports::new(&reported, settings.proxy_header()?)?.routes());
             status.add(None, reported.clone());
             telemetry.push(reported);
         }
-        let server =
-            relay::Server::bind(settings.relay(routes.merge(Arc::clone(&status).routes()), &own_keys)?).await?;
+        let routes = routes.merge(Arc::clone(&status).routes());
+        let server = relay::Server::bind(settings.relay(routes, &own_keys, cluster.clone())?).await?;
         summary.relay = Some((server.address(), settings.relay_url()));
         server.served_rooms().set(&settings.check_room(), true);
         status.add(Some("relay"), server.telemetry().clone());
@@ -188,7 +210,10 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
     watching.abort();
-    probing.iter().chain(&asking).for_each(tokio::task::JoinHandle::abort);
+    probing.iter().chain(&asking).chain(&of_cluster).for_each(tokio::task::JoinHandle::abort);
+    if let Some(announcer) = announcer {
+        announcer.retire().await;
+    }
     let stopping = async {
         if let Some(admin) = admin {
             admin.close();
@@ -218,23 +243,10 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
 }
 
 /// What apps are told of this process's services, and of those that the settings name.
-async fn client_config(settings: &Settings, own_turn: Option<TurnSummary>) -> anyhow::Result<ClientConfig> {
+fn client_config(settings: &Settings, servers: Arc<TurnServers>) -> anyhow::Result<ClientConfig> {
     let secret = settings.turn_credentials().secrets.first().cloned();
-    let turn = match secret {
-        Some(secret) => {
-            // Without a TURN server in this process, the settings tell of one: `auto` then means that it is on this
-            // machine.
-            let own = match own_turn {
-                Some(own) => own,
-                None => settings.turn_place().await?,
-            };
-            let host = settings.turn.host.clone().or_else(|| settings.host().map(str::to_owned));
-            let host = host.unwrap_or_else(|| printed(own.external_ip));
-            let place = TurnPlace { host, port: own.port, tls_port: own.tls_port };
-            Some(Arc::new(TurnCredentials::new(place, secret, settings.credential_rules()?)))
-        }
-        None => None,
-    };
+    let rules = settings.credential_rules()?;
+    let turn = secret.map(|secret| Arc::new(TurnCredentials::new(servers, secret, rules)));
     let tls = settings.tls_files()?.is_some();
     Ok(ClientConfig { relay_url: settings.relay_url(), relay_listen: settings.relay.listen, tls, turn })
 }

@@ -1,5 +1,6 @@
 //! The settings of all services, as file and environment spell them.
 
+mod cluster;
 #[cfg(test)]
 mod reference;
 mod relay;
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
 use sha2::{Digest as _, Sha256};
 
+use self::cluster::ClusterSettings;
 use self::relay::Admission;
 pub(crate) use self::relay::RelaySettings;
 pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
@@ -36,10 +38,11 @@ pub(crate) struct Settings {
     pub(crate) seed: SeedSettings,
     pub(crate) metrics: MetricsSettings,
     tls: TlsSettings,
+    cluster: ClusterSettings,
 }
 
 /// One text, or a list of them.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, from = "Spelled")]
 pub(crate) enum OneOrMany {
     One(String),
@@ -133,6 +136,7 @@ impl Settings {
             || self.relay.status_token.is_some()
             || self.turn.credentials_token.is_some()
             || self.seed.holds_secrets()
+            || self.cluster.holds_secrets()
     }
 
     /// What the processes of docker compose are told by the environment.
@@ -300,6 +304,12 @@ mod tests {
             ("[tls]\nacme = { domains = [\"192.0.2.1\"] }", "tls.acme.domains"),
             ("[tls]\nacme = { domain = \"a.example\" }", "domain"),
             ("[tls]\ncert = \"x\"\nacme = { domains = [\"a.example\"] }", "tls.acme"),
+            ("[cluster]\nname = \"a\"", "cluster.nats"),
+            ("[cluster]\nnats = \"ftp://a\"", "cluster.nats"),
+            ("[cluster]\nnats = \"nats://a\"\nname = \"a b\"", "cluster.name"),
+            ("[cluster]\nnats = \"nats://a\"\nname = \"a\"\nuser = \"b\"", "cluster.password"),
+            ("[cluster]\nnats = \"nats://a\"\nname = \"a\"\ntoken = \"b\"\ncredentials = \"c\"", "cluster"),
+            ("[cluster]\nnat = \"nats://a\"", "cluster.nats"),
             ("[seed]\nkeep = \"90 parsecs\"", "seed.keep"),
             ("[seed]\nrelays = [\"https://x\"]", "seed.relays"),
             ("[seeds]\ndata = \"x\"", "seed"),
@@ -308,7 +318,8 @@ mod tests {
                 Ok(settings) => settings
                     .turn()
                     .and_then(|_| settings.relay_key())
-                    .and_then(|key| settings.relay(axum::Router::new(), &[&key]))
+                    .and_then(|key| settings.relay(axum::Router::new(), &[&key], None))
+                    .and_then(|_| settings.cluster())
                     .map(|_| ())
                     .map_err(|error| error.to_string()),
                 Err(error) => Err(error),

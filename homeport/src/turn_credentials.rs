@@ -2,23 +2,26 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use axum::extract::{ConnectInfo, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use service::Origin;
-use turn_server::mint;
+use turn_server::{Minted, mint};
+
+use crate::turn_servers::TurnServers;
 
 /// The name in credentials, which quotas count as one user.
 const NAME: &str = "app";
 
 /// Where a TURN server is, for apps.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct TurnPlace {
     /// A name or an address, as it stands in a URL.
     pub(crate) host: String,
@@ -45,7 +48,7 @@ impl TurnPlace {
 
 /// Gives credentials to whom the settings say.
 pub(crate) struct TurnCredentials {
-    place: TurnPlace,
+    servers: Arc<TurnServers>,
     secret: String,
     lifetime: Duration,
     token: Option<String>,
@@ -73,10 +76,10 @@ pub(crate) enum Denied {
 }
 
 impl TurnCredentials {
-    pub(crate) fn new(place: TurnPlace, secret: String, rules: CredentialRules) -> Self {
+    pub(crate) fn new(servers: Arc<TurnServers>, secret: String, rules: CredentialRules) -> Self {
         let quota = std::num::NonZeroU32::new(rules.per_minute).map(Quota::per_minute);
         Self {
-            place,
+            servers,
             secret,
             lifetime: rules.lifetime,
             token: rules.token,
@@ -108,23 +111,25 @@ impl TurnCredentials {
         if same(shown.as_bytes(), token.as_bytes()) { Ok(()) } else { Err(Denied::NoToken) }
     }
 
-    /// The entries of an `RTCPeerConnection`'s `iceServers`.
-    pub(crate) fn ice_servers(&self, now: SystemTime) -> Value {
-        let minted = mint(&self.secret, NAME, now, self.lifetime);
-        json!([
-            { "urls": [self.place.stun_uri()] },
-            { "urls": self.place.turn_uris(), "username": minted.username, "credential": minted.password },
-        ])
+    /// The entries of an `RTCPeerConnection`'s `iceServers`, for an app in a region: where to ask for one's own address,
+    /// and the TURN servers.
+    pub(crate) fn ice_servers(&self, region: Option<&str>, now: SystemTime) -> Value {
+        self.document(region, now)["iceServers"].take()
     }
 
-    fn document(&self, now: SystemTime) -> Value {
-        let ice_servers = self.ice_servers(now);
+    fn document(&self, region: Option<&str>, now: SystemTime) -> Value {
+        let places = self.servers.best(region, Instant::now());
+        let Minted { username, password } = mint(&self.secret, NAME, now, self.lifetime);
+        let stun = places.first().map(|nearest| json!({ "urls": [nearest.stun_uri()] }));
+        let turn = places
+            .iter()
+            .map(|place| json!({ "urls": place.turn_uris(), "username": username, "credential": password }));
         json!({
-            "username": ice_servers[1]["username"],
-            "password": ice_servers[1]["credential"],
+            "username": username,
+            "password": password,
             "ttl": self.lifetime.as_secs(),
-            "uris": self.place.turn_uris(),
-            "iceServers": ice_servers,
+            "uris": places.iter().flat_map(TurnPlace::turn_uris).collect::<Vec<_>>(),
+            "iceServers": stun.into_iter().chain(turn).collect::<Vec<_>>(),
         })
     }
 
@@ -148,6 +153,11 @@ impl TurnCredentials {
     }
 }
 
+/// The region that a request names: `?region=eu`.
+pub(crate) fn region_of(uri: &Uri) -> Option<&str> {
+    uri.query()?.split('&').find_map(|pair| pair.strip_prefix("region=")).filter(|region| !region.is_empty())
+}
+
 /// Compares without telling by the time it takes where a difference is.
 pub(crate) fn same(one: &[u8], other: &[u8]) -> bool {
     one.len() == other.len()
@@ -169,10 +179,11 @@ impl IntoResponse for Denied {
 async fn page(
     State(credentials): State<Arc<TurnCredentials>>,
     ConnectInfo(client): ConnectInfo<SocketAddr>,
+    uri: Uri,
     headers: HeaderMap,
 ) -> Response {
     let answer = match credentials.admits(client, &headers) {
-        Ok(()) => Json(credentials.document(SystemTime::now())).into_response(),
+        Ok(()) => Json(credentials.document(region_of(&uri), SystemTime::now())).into_response(),
         Err(denied) => denied.into_response(),
     };
     credentials.with_cross_origin(&headers, answer)
@@ -188,10 +199,12 @@ async fn preflight(State(credentials): State<Arc<TurnCredentials>>, headers: Hea
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::turn_servers::TurnServer;
 
     fn credentials(rules: CredentialRules) -> TurnCredentials {
         let place = TurnPlace { host: "turn.example.com".into(), port: 3478, tls_port: Some(5349) };
-        TurnCredentials::new(place, "north".into(), rules)
+        let server = TurnServer { place, region: None, weight: 1 };
+        TurnCredentials::new(Arc::new(TurnServers::new(vec![server], None)), "north".into(), rules)
     }
 
     fn rules() -> CredentialRules {
@@ -211,7 +224,7 @@ mod tests {
     #[test]
     fn an_app_is_told_all_ways_to_the_server_and_no_secret() {
         let now = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        let document = credentials(rules()).document(now);
+        let document = credentials(rules()).document(None, now);
         assert_eq!(document["username"], "1600:app");
         assert_eq!(document["ttl"], 600);
         let uris = [
@@ -223,6 +236,15 @@ mod tests {
         assert_eq!(document["iceServers"][0]["urls"], json!(["stun:turn.example.com:3478"]));
         assert_eq!(document["iceServers"][1]["credential"], document["password"]);
         assert!(!document.to_string().contains("north"));
+    }
+
+    #[test]
+    fn a_region_is_named_in_the_query() {
+        let region = |path: &str| region_of(&path.parse().unwrap()).map(str::to_owned);
+        assert_eq!(region("/turn-credentials?a=b&region=eu-1"), Some("eu-1".into()));
+        for none in ["/turn-credentials", "/turn-credentials?region=", "/turn-credentials?regions=eu"] {
+            assert_eq!(region(none), None);
+        }
     }
 
     #[test]

@@ -288,7 +288,15 @@ impl Connection {
                     .map(|(_, raw)| *raw)
                     .collect();
                 let filters = accepted;
-                let subscription = self.relay.subscriptions.add(&id, self.number, filters, Arc::clone(&self.outbox));
+                let followed = match &self.relay.neighbours {
+                    Some(neighbours) => {
+                        let already = self.subscriptions.values().map(|open| open.followed.len()).sum();
+                        neighbours.follow(&filters, already)
+                    }
+                    None => Box::default(),
+                };
+                let outbox = Arc::clone(&self.outbox);
+                let subscription = self.relay.subscriptions.add(&id, self.number, filters, followed, outbox);
                 self.relay.metrics.subscriptions.inc();
                 let eose = relay_message::eose(&id);
                 self.queue_replays(&subscription);
@@ -395,6 +403,9 @@ impl Connection {
     fn unsubscribe(&mut self, id: &str) {
         if let Some(subscription) = self.subscriptions.remove(id) {
             self.relay.subscriptions.remove(&subscription);
+            if let Some(neighbours) = &self.relay.neighbours {
+                neighbours.unfollow(&subscription.followed);
+            }
             self.relay.metrics.subscriptions.dec();
         }
     }
@@ -435,7 +446,10 @@ impl Drop for Connection {
             self.unsubscribe(&id);
         }
         if !self.joined.is_empty() {
-            self.relay.presence.leave(self.number, self.joined.drain());
+            let gone = self.relay.presence.leave(self.number, self.joined.drain());
+            if let Some(neighbours) = &self.relay.neighbours {
+                gone.into_iter().for_each(|key| neighbours.tell_gone(key));
+            }
             self.relay.count_present();
         }
     }

@@ -12,6 +12,7 @@ mod information;
 mod limits;
 mod message;
 mod metrics;
+mod neighbours;
 mod outbox;
 mod presence;
 mod recent;

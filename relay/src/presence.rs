@@ -15,6 +15,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::event::Event;
 
 /// How often clients announce themselves.
@@ -48,10 +50,20 @@ impl AnnounceEconomy {
 }
 
 /// An author under a topic (an `x` value), for [`Presence::leave`] and [`Presence::latest`].
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(crate) struct PresentKey {
     topic: Arc<str>,
     author: Author,
+}
+
+impl PresentKey {
+    pub(crate) fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    pub(crate) fn kind(&self) -> u16 {
+        self.author.0
+    }
 }
 
 /// A kind and a public key.
@@ -219,16 +231,33 @@ impl Presence {
         Some(Arc::clone(&state.topics.get(&key.topic)?.get(&key.author)?.latest))
     }
 
-    /// A connection is gone, and with it who announced itself over it.
-    pub(crate) fn leave(&self, connection: u64, keys: impl IntoIterator<Item = PresentKey>) {
+    /// A connection is gone, and with it who announced itself over it. Returns who is no longer present.
+    pub(crate) fn leave(&self, connection: u64, keys: impl IntoIterator<Item = PresentKey>) -> Vec<PresentKey> {
         let mut state = self.lock();
+        let mut gone = Vec::new();
         for key in keys {
             // It may have come back over another connection meanwhile.
             let there = state.topics.get(&key.topic).and_then(|authors| authors.get(&key.author));
             if there.is_some_and(|present| present.connection == connection) {
                 state.remove(&key);
+                gone.push(key);
             }
         }
+        gone
+    }
+
+    /// Forgets who came over `connection` and was not heard for long: of neighbours, nobody says that they are gone when
+    /// they fail.
+    pub(crate) fn tidy(&self, connection: u64, now: Instant) {
+        let mut state = self.lock();
+        let mut removed = 0;
+        state.topics.retain(|_, authors| {
+            let before = authors.len();
+            authors.retain(|_, present| present.connection != connection || now - present.heard < GONE_AFTER);
+            removed += before - authors.len();
+            !authors.is_empty()
+        });
+        state.present -= removed;
     }
 }
 

@@ -13,7 +13,9 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
-use service::{BindError, Certificate, Health, Origin, Telemetry, TlsError, TlsFiles, WebListener, WebTls, listen};
+use service::{
+    BindError, Certificate, Cluster, Health, Origin, Telemetry, TlsError, TlsFiles, WebListener, WebTls, listen,
+};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,6 +27,7 @@ use crate::event::{Event, KeyCache, VerifyError};
 use crate::information;
 use crate::limits::{self, AddressLimits, Rates};
 use crate::metrics::Metrics;
+use crate::neighbours::{self, NEIGHBOUR, Neighbours};
 use crate::presence::{AnnounceEconomy, Audience, Presence, PresentKey};
 use crate::recent::RecentIds;
 use crate::store::{NotStored, Store, StoreConfig, StoreError, Stored};
@@ -112,6 +115,29 @@ pub struct Config {
     pub page: Page,
     /// Other pages to serve on the same port, such as `/client-config.json`.
     pub routes: Router,
+    /// The connection with the other relays that serve the same clients, if there are any.
+    pub cluster: Option<Cluster>,
+}
+
+impl Config {
+    /// A relay on `listen` for everybody, which stores nothing and is alone.
+    pub fn at(listen: SocketAddr) -> Self {
+        Self {
+            listen,
+            tls: None,
+            limits: Limits::default(),
+            rates: Rates::default(),
+            trusted_proxy_header: None,
+            store: None,
+            admission: Admission::Open,
+            public_url: None,
+            announces: AnnounceEconomy::default(),
+            dial_ledger: true,
+            page: Page::default(),
+            routes: Router::new(),
+            cluster: None,
+        }
+    }
 }
 
 /// A page for people.
@@ -185,6 +211,9 @@ impl Server {
         };
         let stop = CancellationToken::new();
         let connections = TaskTracker::new();
+        let neighbours = config.cluster.map(|cluster| Neighbours::new(cluster, &telemetry.registry)).transpose()?;
+        let (neighbours, to_neighbours) = neighbours.unzip();
+        let neighbours = neighbours.map(Arc::new);
         let relay = Arc::new(Relay {
             limits: config.limits,
             rates: config.rates,
@@ -197,6 +226,7 @@ impl Server {
             presence: Presence::new(config.announces, Instant::now()),
             page: config.page,
             dials: config.dial_ledger.then(DialLedger::default),
+            neighbours,
             recent: RecentIds::default(),
             next_connection: AtomicU64::new(1),
             metrics,
@@ -204,6 +234,9 @@ impl Server {
             connections: connections.clone(),
         });
         tokio::spawn(tidy(Arc::clone(&relay), stop.clone()));
+        if let Some(queue) = to_neighbours {
+            neighbours::start(&relay, queue, stop.clone());
+        }
         let router = Router::new()
             .route("/", get(root))
             .route("/healthz", get(healthz))
@@ -294,6 +327,8 @@ pub(crate) struct Relay {
     pub(crate) subscriptions: Subscriptions,
     pub(crate) presence: Presence,
     dials: Option<DialLedger>,
+    /// The other relays of a cluster.
+    pub(crate) neighbours: Option<Arc<Neighbours>>,
     page: Page,
     recent: RecentIds,
     next_connection: AtomicU64,
@@ -398,31 +433,76 @@ impl Relay {
         if !self.recent.insert(event.id) {
             return Ok((Accepted::Duplicate, None));
         }
+        let raw: Arc<str> = raw.into();
+        let told = event.is_ephemeral() && self.neighbours.as_ref().is_some_and(|others| others.tell(event, &raw));
+        let (heard_by, joined) = self.spread(event, &raw, client.connection, client.may_join, told);
+        if joined.is_some() {
+            self.count_present();
+        }
+        let unheard = event.is_ephemeral() && heard_by == 0 && !told;
+        Ok((if unheard { Accepted::Mute } else { Accepted::Delivered }, joined))
+    }
+
+    /// Takes what came from a neighbour, which has checked it.
+    pub(crate) fn hear(&self, message: &[u8]) {
+        let Some(neighbours) = &self.neighbours else { return };
+        if let Some(gone) = message.strip_prefix(neighbours::GONE) {
+            let key: Option<PresentKey> = serde_json::from_slice(gone).ok();
+            neighbours.heard(key.is_some());
+            self.presence.leave(NEIGHBOUR, key);
+            return self.count_present();
+        }
+        let text = std::str::from_utf8(message).ok();
+        let event = text.and_then(|raw| Some((serde_json::from_str::<Event<'_>>(raw).ok()?, raw)));
+        let Some((event, raw)) = event.filter(|(event, _)| event.is_ephemeral()) else {
+            return neighbours.heard(false);
+        };
+        neighbours.heard(true);
+        if self.recent.insert(event.id) {
+            let (_, joined) = self.spread(&event, &raw.into(), NEIGHBOUR, true, false);
+            if joined.is_some() {
+                self.count_present();
+            }
+        }
+    }
+
+    /// Queues an event that came over `connection` for every subscription that it belongs to, and takes note of what it
+    /// says. Returns how many subscriptions it is for, now or with a later announce, and its author's key when it has
+    /// just become present, which `may_join` allows. `told`: whether neighbours have it too.
+    fn spread(
+        &self,
+        event: &Event<'_>,
+        raw: &Arc<str>,
+        connection: u64,
+        may_join: bool,
+        told: bool,
+    ) -> (u64, Option<PresentKey>) {
         let now = Instant::now();
         self.gate.learn(event, now);
-        let raw: Arc<str> = raw.into();
         let (audience, joined) = if event.is_ephemeral() {
-            self.presence.hear(event, &raw, client.connection, client.may_join, now)
+            self.presence.hear(event, raw, connection, may_join, now)
         } else {
             (Audience::All, None)
         };
         let (subscriptions, held_back) = self.subscriptions.matching(event, audience);
         for subscription in &subscriptions {
-            match subscription.outbox.deliver(subscription, &raw, now) {
+            match subscription.outbox.deliver(subscription, raw, now) {
                 Some(queued) => self.metrics.see_queue(queued),
                 None => self.metrics.drops.with_label_values(&["slow_client"]).inc(),
             }
         }
         self.metrics.held_back.inc_by(held_back);
-        if let Some(dials) = self.dials.as_ref().filter(|_| dials::may_be_of_a_dial(event)) {
-            let receivers: Vec<u64> = subscriptions.iter().map(|subscription| subscription.connection).collect();
-            self.metrics.note_dials(dials.note(event, client.connection, &receivers, now));
+        // What was dialled at a neighbour is watched there; what becomes of our dials to its clients, here.
+        let is_offer = event.content.contains("\"offer\"");
+        let is_watched = dials::may_be_of_a_dial(event) && !(is_offer && connection == NEIGHBOUR);
+        if let Some(dials) = self.dials.as_ref().filter(|_| is_watched) {
+            let mut receivers: Vec<u64> = subscriptions.iter().map(|subscription| subscription.connection).collect();
+            if told && is_offer && receivers.is_empty() {
+                receivers.push(NEIGHBOUR);
+            }
+            self.metrics.note_dials(dials.note(event, connection, &receivers, now));
         }
-        if joined.is_some() {
-            self.count_present();
-        }
-        let unheard = event.is_ephemeral() && subscriptions.is_empty() && held_back == 0;
-        Ok((if unheard { Accepted::Mute } else { Accepted::Delivered }, joined))
+        (u64::try_from(subscriptions.len()).unwrap_or(u64::MAX).saturating_add(held_back), joined)
     }
 
     /// Brings the gauge of present authors up to date.
@@ -524,7 +604,10 @@ async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
     let mut dials = tokio::time::interval(DIALS_INTERVAL);
     loop {
         tokio::select! {
-            _ = interval.tick() => relay.addresses.tidy(),
+            _ = interval.tick() => {
+                relay.addresses.tidy();
+                relay.presence.tidy(NEIGHBOUR, Instant::now());
+            }
             _ = dials.tick() => {
                 if let Some(dials) = &relay.dials {
                     relay.metrics.count_dials(&dials.expire(Instant::now()));

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use crate::event::Event;
 use crate::filter::Filter;
 use crate::message::relay_message;
+use crate::neighbours::Subject;
 use crate::outbox::Outbox;
 use crate::presence::Audience;
 
@@ -22,6 +23,8 @@ pub(crate) struct Subscription {
     /// The connection that made it.
     pub(crate) connection: u64,
     filters: Box<[Filter]>,
+    /// What other relays are asked for on its behalf.
+    pub(crate) followed: Box<[Subject]>,
     /// What stands before the event in a message to this subscription.
     pub(crate) prefix: Box<str>,
     /// The connection's queue.
@@ -54,12 +57,14 @@ impl Subscriptions {
         id: &str,
         connection: u64,
         filters: Vec<Filter>,
+        followed: Box<[Subject]>,
         outbox: Arc<Outbox>,
     ) -> Arc<Subscription> {
         let subscription = Arc::new(Subscription {
             serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
             connection,
             filters: filters.into(),
+            followed,
             prefix: relay_message::event_prefix(id).into(),
             outbox,
         });
@@ -185,7 +190,7 @@ mod tests {
             let subscriptions = Subscriptions::default();
             let outbox = Arc::<Outbox>::default();
             let mut live: Vec<_> =
-                requests.into_iter().map(|filters| subscriptions.add("s", 1, filters, Arc::clone(&outbox))).collect();
+                requests.into_iter().map(|filters| subscriptions.add("s", 1, filters, Box::default(), Arc::clone(&outbox))).collect();
             for index in removed {
                 if !live.is_empty() {
                     subscriptions.remove(&live.remove(index.index(live.len())));

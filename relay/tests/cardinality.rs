@@ -4,7 +4,7 @@
 use futures_util::{SinkExt as _, StreamExt as _};
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
-use relay::{Admission, AnnounceEconomy, Config, Limits, Page, Rates, Server};
+use relay::{Config, Rates, Server};
 use tokio_tungstenite::tungstenite::Message;
 
 /// Peers, each with a key, a topic and a kind of its own.
@@ -17,18 +17,8 @@ fn series(server: &Server) -> usize {
 #[tokio::test]
 async fn ten_thousand_peers_and_topics_make_no_series() {
     let server = Server::bind(Config {
-        listen: "127.0.0.1:0".parse().unwrap(),
-        limits: Limits::default(),
         rates: Rates { messages: 0, bytes: 0, verifications: 0, ..Rates::default() },
-        trusted_proxy_header: None,
-        store: None,
-        admission: Admission::Open,
-        public_url: None,
-        announces: AnnounceEconomy::default(),
-        dial_ledger: true,
-        tls: None,
-        page: Page::default(),
-        routes: axum::Router::new(),
+        ..Config::at("127.0.0.1:0".parse().unwrap())
     })
     .await
     .unwrap();

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
 use futures_util::{SinkExt as _, StreamExt as _};
-use relay::{Admission, AnnounceEconomy, Config, Limits, Rates, Server};
+use relay::{Config, Rates, Server};
 use tokio_tungstenite::tungstenite::Message;
 
 /// Resident memory of this process in KiB.
@@ -38,18 +38,8 @@ async fn open_and_close(server: &Server, round: usize) {
 #[tokio::test]
 async fn subscriptions_that_are_closed_give_their_memory_back() {
     let server = Server::bind(Config {
-        listen: "127.0.0.1:0".parse().unwrap(),
-        limits: Limits::default(),
         rates: Rates { messages: 0, bytes: 0, ..Rates::default() },
-        trusted_proxy_header: None,
-        store: None,
-        admission: Admission::Open,
-        public_url: None,
-        announces: AnnounceEconomy::default(),
-        dial_ledger: true,
-        tls: None,
-        page: relay::Page::default(),
-        routes: axum::Router::new(),
+        ..Config::at("127.0.0.1:0".parse().unwrap())
     })
     .await
     .unwrap();

@@ -1,96 +1,30 @@
 //! The relay over real sockets, with events made by an independent implementation of Nostr.
 #![allow(clippy::unwrap_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::time::Duration;
 
-use futures_util::{SinkExt as _, StreamExt as _};
+use futures_util::SinkExt as _;
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag, Timestamp};
-use relay::{Admission, AnnounceEconomy, Config, Limits, Rates, Server, StoreConfig};
+use relay::{Admission, Config, Limits, Rates, Server, StoreConfig};
 use serde_json::{Value, json};
+use support::{Client, PATIENCE, event};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::{Error, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
-
-/// Nothing that a test awaits takes nearly so long.
-const PATIENCE: Duration = Duration::from_secs(20);
 
 async fn start(limits: Limits) -> Server {
     start_with(Config { limits, ..config() }).await
 }
 
 fn config() -> Config {
-    Config {
-        listen: "127.0.0.1:0".parse().unwrap(),
-        limits: Limits::default(),
-        rates: Rates::default(),
-        trusted_proxy_header: None,
-        store: None,
-        admission: Admission::Open,
-        public_url: None,
-        announces: AnnounceEconomy::default(),
-        dial_ledger: true,
-        tls: None,
-        page: relay::Page::default(),
-        routes: axum::Router::new(),
-    }
+    Config::at("127.0.0.1:0".parse().unwrap())
 }
 
 async fn start_with(config: Config) -> Server {
     Server::bind(config).await.unwrap()
-}
-
-struct Client(WebSocketStream<MaybeTlsStream<TcpStream>>);
-
-impl Client {
-    async fn connect(server: &Server) -> Self {
-        let (socket, _) = tokio_tungstenite::connect_async(format!("ws://{}/", server.address())).await.unwrap();
-        Self(socket)
-    }
-
-    async fn say(&mut self, message: Value) {
-        self.0.send(Message::text(message.to_string())).await.unwrap();
-    }
-
-    async fn frame(&mut self) -> Option<Result<Message, Error>> {
-        tokio::time::timeout(PATIENCE, self.0.next()).await.expect("the relay stays silent")
-    }
-
-    async fn hear(&mut self) -> Value {
-        loop {
-            match self.frame().await.unwrap().unwrap() {
-                Message::Text(text) => return serde_json::from_str(&text).unwrap(),
-                Message::Ping(_) => {}
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    /// Everything that is on its way to this client has arrived when the answer to this has.
-    async fn hear_all(&mut self) -> Vec<Value> {
-        self.say(json!(["REQ", "marker", { "kinds": [1] }])).await;
-        let mut heard = Vec::new();
-        loop {
-            match self.hear().await {
-                message if message == json!(["EOSE", "marker"]) => return heard,
-                message => heard.push(message),
-            }
-        }
-    }
-
-    async fn subscribe(&mut self, id: &str, filter: Value) {
-        self.say(json!(["REQ", id, filter])).await;
-        assert_eq!(self.hear().await, json!(["EOSE", id]));
-    }
-}
-
-fn event(kind: u16, topic: &str, content: &str) -> Value {
-    let event = EventBuilder::new(Kind::from(kind), content)
-        .tag(Tag::parse(["x", topic]).unwrap())
-        .finalize(&Keys::generate())
-        .unwrap();
-    serde_json::to_value(event).unwrap()
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use ::relay::{Admission, AnnounceEconomy, Config, Limits, Rates, Server, StoreConfig};
+use ::relay::{Admission, Config, Server, StoreConfig};
 use nostr_sdk::prelude::{Client, EventBuilder, Filter, Keys, Kind, RelayMessage, RelayPoolNotification, Tag};
 
 /// Nothing that a test awaits takes nearly so long.
@@ -11,18 +11,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 async fn start(admission: Admission, directory: &tempfile::TempDir) -> (Server, String) {
     let server = Server::bind(Config {
-        listen: "127.0.0.1:0".parse().unwrap(),
-        limits: Limits::default(),
-        rates: Rates::default(),
-        trusted_proxy_header: None,
         store: Some(StoreConfig { folder: directory.path().to_owned(), max_bytes: 64 << 20 }),
         admission,
-        public_url: None,
-        announces: AnnounceEconomy::default(),
-        dial_ledger: true,
-        tls: None,
-        page: relay::Page::default(),
-        routes: axum::Router::new(),
+        ..Config::at("127.0.0.1:0".parse().unwrap())
     })
     .await
     .unwrap();

@@ -1,5 +1,7 @@
-//! What every Homeport service needs: settings, sockets, TLS, metrics, health, and who a client is to limits.
+//! What every Homeport service needs: settings, sockets, TLS, metrics, health, the other machines of a cluster, and who a
+//! client is to limits.
 
+pub mod cluster;
 pub mod health;
 pub mod listen;
 pub mod metrics;
@@ -8,6 +10,7 @@ pub mod settings;
 pub mod tls;
 pub mod web_listener;
 
+pub use cluster::{Cluster, ClusterConfig, ClusterError, ClusterLogin};
 pub use health::{Health, State};
 pub use listen::BindError;
 pub use metrics::{MetricsServer, Telemetry};

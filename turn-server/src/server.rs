@@ -122,6 +122,7 @@ pub struct Server {
     address: SocketAddr,
     tls_address: Option<SocketAddr>,
     external_ip: IpAddr,
+    allocations: prometheus::IntGauge,
     telemetry: Telemetry,
     drain: Duration,
     mailboxes: Vec<Mailbox>,
@@ -137,6 +138,7 @@ impl Server {
     pub async fn bind(config: Config) -> Result<Self, StartError> {
         let telemetry = Telemetry::default();
         let metrics = Metrics::register(&telemetry.registry)?;
+        let allocations = metrics.allocations.clone();
         let count = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             threads => threads,
@@ -222,6 +224,7 @@ impl Server {
             address,
             tls_address,
             external_ip: addresses.main(),
+            allocations,
             telemetry,
             drain: config.drain,
             mailboxes,
@@ -243,6 +246,11 @@ impl Server {
     /// The address of allocations; of two families, that of IPv4.
     pub fn external_ip(&self) -> IpAddr {
         self.external_ip
+    }
+
+    /// How many allocations are open.
+    pub fn allocations(&self) -> &prometheus::IntGauge {
+        &self.allocations
     }
 
     /// The server's metrics and health.

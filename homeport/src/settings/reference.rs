@@ -6,10 +6,12 @@ use std::fmt::Write as _;
 use serde_json::Value;
 
 use super::seed::{BackupSettings, CellsSettings, RoomSettings};
+use super::turn::TurnServerSettings;
 use super::{AcmeSettings, Settings};
 
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 6] = [
     include_str!("../settings.rs"),
+    include_str!("cluster.rs"),
     include_str!("relay.rs"),
     include_str!("seed.rs"),
     include_str!("tls.rs"),
@@ -38,6 +40,7 @@ fn sections() -> Vec<(&'static str, &'static str, Value)> {
     vec![
         ("[relay]", "RelaySettings", all["relay"].clone()),
         ("[turn]", "TurnSettings", all["turn"].clone()),
+        ("[[turn.servers]]", "TurnServerSettings", value(serde_json::to_value(TurnServerSettings::default()))),
         ("[seed]", "SeedSettings", all["seed"].clone()),
         ("[[seed.room]]", "RoomSettings", value(serde_json::to_value(RoomSettings::default()))),
         ("[seed.room.cells]", "CellsSettings", value(serde_json::to_value(CellsSettings::default()))),
@@ -45,6 +48,7 @@ fn sections() -> Vec<(&'static str, &'static str, Value)> {
         ("[tls]", "TlsSettings", all["tls"].clone()),
         ("[tls.acme]", "AcmeSettings", value(serde_json::to_value(AcmeSettings::default()))),
         ("[metrics]", "MetricsSettings", all["metrics"].clone()),
+        ("[cluster]", "ClusterSettings", all["cluster"].clone()),
     ]
 }
 
@@ -79,7 +83,7 @@ fn page() -> String {
     let mut page = HEAD.to_owned();
     for (section, name, defaults) in sections() {
         let _ = write!(page, "\n## `{section}`\n\n| key | default | what it is |\n| --- | --- | --- |\n");
-        let elsewhere = ["room", "backup", "acme"];
+        let elsewhere = ["room", "backup", "acme", "servers"];
         let defaults: BTreeMap<String, Value> = serde_json::from_value(defaults).unwrap();
         for (field, doc) in fields(name) {
             assert!(!doc.is_empty(), "{section} {field} has no doc comment");

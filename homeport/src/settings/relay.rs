@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
+use service::Cluster;
 use service::settings::SettingsError;
 
 use super::{Settings, everywhere};
@@ -109,8 +110,13 @@ impl Settings {
     }
 
     /// The relay's configuration; `routes` are pages besides its own, `own` are the keys of who asks it from this
-    /// process.
-    pub(crate) fn relay(&self, routes: axum::Router, own: &[&RelayKey]) -> Result<relay::Config, SettingsError> {
+    /// process, `cluster` is what it shares its clients with.
+    pub(crate) fn relay(
+        &self,
+        routes: axum::Router,
+        own: &[&RelayKey],
+        cluster: Option<Cluster>,
+    ) -> Result<relay::Config, SettingsError> {
         let admission = match self.relay.admission {
             Admission::Open => relay::Admission::Open,
             Admission::Rooms => relay::Admission::Rooms(self.seed.room.iter().map(|room| room.name.clone()).collect()),
@@ -154,6 +160,7 @@ impl Settings {
             dial_ledger: self.relay.dial_ledger,
             page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
             routes,
+            cluster,
         })
     }
 }

@@ -12,8 +12,10 @@ use service::settings::SettingsError;
 use turn_server::{Credentials, ExternalIp, Quotas};
 
 use super::{OneOrMany, Settings, everywhere};
+use crate::client_config::{is_host, printed};
 use crate::summary::TurnSummary;
-use crate::turn_credentials::CredentialRules;
+use crate::turn_credentials::{CredentialRules, TurnPlace};
+use crate::turn_servers::{TurnServer, TurnServers};
 
 /// `[turn]`
 #[derive(Clone, Serialize, Deserialize)]
@@ -64,6 +66,13 @@ pub(crate) struct TurnSettings {
     drain: u32,
     /// Threads that relay; `0` means one for each core.
     threads: usize,
+    /// Where the server is, in your words, such as `"eu"`: apps that ask for `/client-config.json?region=eu` are sent to it
+    /// first, and those that name no region to the one that the relay has here.
+    pub(crate) region: Option<String>,
+    /// How much the server takes beside others of its region.
+    pub(crate) weight: u32,
+    /// Other TURN servers with the same secret, for apps. In a cluster they are known without it.
+    pub(crate) servers: Vec<TurnServerSettings>,
     /// The name under which apps reach the server; with TLS, one that the certificate is for. Without it, the first
     /// name of `tls.acme`, or the external address.
     pub(crate) host: Option<String>,
@@ -76,6 +85,38 @@ pub(crate) struct TurnSettings {
     /// How often one IPv4 address or IPv6 /64 may ask for credentials; without `relay.trusted_proxy_header`, loopback
     /// has no limit.
     pub(crate) credentials_per_minute: u32,
+}
+
+/// `[[turn.servers]]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct TurnServerSettings {
+    /// The name or address under which apps reach it.
+    host: String,
+    /// Its port of UDP and TCP.
+    port: u16,
+    /// Its port of TLS, if it has one.
+    tls_port: Option<u16>,
+    /// Where it is.
+    region: Option<String>,
+    /// How much it takes beside others of its region.
+    weight: u32,
+}
+
+impl Default for TurnServerSettings {
+    fn default() -> Self {
+        Self { host: String::new(), port: 3478, tls_port: None, region: None, weight: 1 }
+    }
+}
+
+impl TurnServerSettings {
+    fn server(&self) -> Result<TurnServer, SettingsError> {
+        if !is_host(&self.host) || self.host.contains(':') && !self.host.starts_with('[') {
+            return Err(SettingsError::of("turn.servers.host", format_args!("{:?} is no name or address", self.host)));
+        }
+        let place = TurnPlace { host: self.host.clone(), port: self.port, tls_port: self.tls_port };
+        Ok(TurnServer { place, region: self.region.clone(), weight: self.weight })
+    }
 }
 
 impl fmt::Debug for TurnSettings {
@@ -109,6 +150,9 @@ impl Default for TurnSettings {
             max_connections: limits.connections,
             drain: 0,
             threads: 0,
+            region: None,
+            weight: 1,
+            servers: Vec::new(),
             host: None,
             credentials_lifetime: 86_400,
             credentials_token: None,
@@ -169,6 +213,31 @@ impl Settings {
             port: self.turn.listen.port(),
             tls_port: self.tls_files()?.map(|_| self.turn.listen_tls.port()),
         })
+    }
+
+    /// A TURN server of these settings, as apps reach it.
+    pub(crate) fn turn_server(&self, own: TurnSummary) -> TurnServer {
+        let host = self.turn.host.clone().or_else(|| self.host().map(str::to_owned));
+        let host = host.unwrap_or_else(|| printed(own.external_ip));
+        let place = TurnPlace { host, port: own.port, tls_port: own.tls_port };
+        TurnServer { place, region: self.turn.region.clone(), weight: self.turn.weight }
+    }
+
+    /// The TURN servers for apps. `own` is that of this process, if there is one; in a cluster it says so itself.
+    pub(crate) async fn turn_servers(
+        &self,
+        own: Option<TurnSummary>,
+        in_cluster: bool,
+    ) -> Result<TurnServers, SettingsError> {
+        let mut fixed: Vec<TurnServer> =
+            self.turn.servers.iter().map(TurnServerSettings::server).collect::<Result<_, _>>()?;
+        match own {
+            Some(own) if !in_cluster => fixed.push(self.turn_server(own)),
+            // Where none is named, the settings tell of one: `auto` then means that it is on this machine.
+            None if !in_cluster && fixed.is_empty() => fixed.push(self.turn_server(self.turn_place().await?)),
+            _ => {}
+        }
+        Ok(TurnServers::new(fixed, self.turn.region.clone()))
     }
 
     /// Who gets credentials for TURN.

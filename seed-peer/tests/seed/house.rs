@@ -17,22 +17,7 @@ pub(crate) async fn relay_at(listen: SocketAddr) -> relay::Server {
 }
 
 pub(crate) async fn relay_with(listen: SocketAddr, admission: relay::Admission) -> relay::Server {
-    relay::Server::bind(relay::Config {
-        listen,
-        store: None,
-        admission,
-        limits: relay::Limits::default(),
-        rates: relay::Rates::default(),
-        trusted_proxy_header: None,
-        public_url: None,
-        announces: relay::AnnounceEconomy::default(),
-        dial_ledger: true,
-        tls: None,
-        page: relay::Page::default(),
-        routes: axum::Router::new(),
-    })
-    .await
-    .unwrap()
+    relay::Server::bind(relay::Config { admission, ..relay::Config::at(listen) }).await.unwrap()
 }
 
 pub(crate) fn url(relay: &relay::Server) -> String {

@@ -160,6 +160,32 @@ async fn who_is_linked_with_the_seed_alone_hears_what_others_write() {
 }
 
 #[tokio::test]
+async fn two_seeds_in_one_room_both_hold_what_is_written() {
+    let relay = relay().await;
+    let (first_data, second_data) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let first = seed(&[&url(&relay)], first_data.path());
+    let mut peer = join(&url(&relay));
+    peer.until("a link", |view| view.linked.len() == 1).await;
+    peer.write("put before 1");
+    counted(&first, "homeport_seed_nodes", "my-app", 1.0).await;
+    // The second comes later, and hears of what it has missed from the first alone.
+    peer.leave().await;
+    let second = seed(&[&url(&relay)], second_data.path());
+    counted(&second, "homeport_seed_nodes", "my-app", 1.0).await;
+    let mut peer = join(&url(&relay));
+    peer.keep_to_the_seed();
+    peer.until("links", |view| !view.linked.is_empty()).await;
+    peer.write("put after 2");
+    for seed in [&first, &second] {
+        counted(seed, "homeport_seed_nodes", "my-app", 2.0).await;
+    }
+    peer.vanish();
+    first.shutdown().await;
+    second.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_reloaded_tab_comes_back_under_its_id() {
     let relay = relay().await;
     let data = tempfile::tempdir().unwrap();
