@@ -75,10 +75,10 @@ class House {
 
 /** Writes twenty times a second: nodes of its own, which it also removes, and such that all write to. */
 function write(name) {
-  const [own, shared] = [new Map(), []];
-  let number = 0;
-  window.writing = setInterval(async () => {
-    number += 1;
+  const [own, shared, all] = [new Map(), [], []];
+  let last = 0;
+  window.writing = setInterval(() => all.push(one(last += 1)), 50);
+  const one = async number => {
     const pick = Math.random();
     if (pick < 0.5) {
       const [id, value] = [`shared-${Math.floor(Math.random() * 10)}`, { by: name, number }];
@@ -95,8 +95,12 @@ function write(name) {
         await window.db.put({ number }, id);
       }
     }
-  }, 50);
-  window.written = () => ({ own: [...own], shared, number });
+  };
+  window.written = async () => {
+    clearInterval(window.writing);
+    await Promise.all(all);
+    return { own: [...own], shared, number: last };
+  };
 }
 
 /** What all hold in the end: of shared nodes the newest; of those that two wrote at the same time, either. */
@@ -186,9 +190,8 @@ test('what pages write outlives everything that can happen to services and netwo
       await wait(between(200, 4_000));
     }
 
-    for (const { page } of places) await page.evaluate(() => clearInterval(window.writing));
-    const calm = Date.now();
     const written = await Promise.all(places.map(({ page }) => page.evaluate(() => window.written())));
+    const calm = Date.now();
     const expected = model(written);
     const archive = async () => {
       const { stdout } = await run(binary, ['rooms', 'show', 'faults', '--query', '{}'],
@@ -197,7 +200,7 @@ test('what pages write outlives everything that can happen to services and netwo
     };
     const all = [['the archive', archive], ...places.map(({ page, kind }) =>
       [`the page behind ${kind}`, async () => new Map((await page.evaluate(() => window.nodes())).map(([id, value]) => [id, value]))])];
-    const deadline = Date.now() + 180_000;
+    const deadline = Date.now() + 300_000;
     const agreed = {};
     for (const [who, held] of all) {
       for (let wrong; (wrong = difference(expected, await held())).length > 0; await wait(250)) {

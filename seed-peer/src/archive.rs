@@ -164,6 +164,8 @@ enum Wanted {
 pub(crate) enum Reply {
     /// Send these in order; the peer then has the log up to `sent`.
     Send { to: Asker, messages: Vec<Message>, sent: u64 },
+    /// The peer at the other end of a link has told all that it has, and lacks something that we have.
+    Lacks { link: LinkId },
     /// Somebody out of reach lacks something that we have.
     RoomLacks { room: RoomId },
     /// The peer at the other end of a link may have more than it has told.

@@ -6,6 +6,7 @@ mod linking;
 mod live;
 mod messages;
 mod room;
+mod watermarks;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -61,6 +62,8 @@ struct Owner {
     sent: Option<u64>,
     /// When the peer was asked for all that it has.
     asked_for_all: Option<Instant>,
+    /// What came of what the peer knows.
+    heard: watermarks::Heard,
     /// Whether the peer has sent a frame on a cell's channel.
     speaks_cells: bool,
     /// Whether the peer is in a full mesh while the room is in cells.

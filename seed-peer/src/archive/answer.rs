@@ -43,17 +43,17 @@ pub(crate) fn delta_for(
     identity: Option<&Identity>,
 ) -> rusqlite::Result<Option<Message>> {
     let Some(timestamp) = known.timestamp else { return Ok(None) };
-    let from = match known.sent {
+    let (from, nodes) = match known.sent {
         // The link is reliable: what was sent on it has arrived.
-        Some(sent) => sent + 1,
+        Some(sent) => (sent + 1, Nodes::AsOperations),
         None if room.nodes <= SMALL_ROOM_NODES => return Ok(None),
-        None => first_unknown(connection, room, timestamp)?,
+        None => (first_unknown(connection, room, timestamp)?, Nodes::End),
     };
     if from == 0 {
         return Ok(None);
     }
     let state_bytes = room.bytes + room.nodes * NODE_FRAME_BYTES;
-    delta(connection, room, from, state_bytes.max(SMALL_DELTA_BYTES), identity)
+    delta_with(connection, room, from, state_bytes.max(SMALL_DELTA_BYTES), identity, nodes)
 }
 
 /// The first log entry that a peer whose highest timestamp is `timestamp` may lack; 0 when that is all of them.
@@ -84,7 +84,18 @@ pub(super) fn delta(
     max_bytes: u64,
     identity: Option<&Identity>,
 ) -> rusqlite::Result<Option<Message>> {
-    let run = Run::read(connection, room, from, max_bytes, identity, Nodes::End)?;
+    delta_with(connection, room, from, max_bytes, identity, Nodes::End)
+}
+
+fn delta_with(
+    connection: &Connection,
+    room: &RoomState,
+    from: u64,
+    max_bytes: u64,
+    identity: Option<&Identity>,
+    nodes: Nodes,
+) -> rusqlite::Result<Option<Message>> {
+    let run = Run::read(connection, room, from, max_bytes, identity, nodes)?;
     (run.next == room.seq + 1).then(|| run.finish(connection, room, identity)).transpose()
 }
 

@@ -1,11 +1,12 @@
 //! The thread that writes the archive.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use genosdb::Operation;
 use rusqlite::ErrorCode;
 use service::{Health, State};
 use tokio::sync::mpsc::UnboundedSender;
@@ -13,9 +14,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::graph::{RoomState, signed};
 use super::reader::Reader;
 use super::schema::ArchiveFile;
-use super::{
-    ArchiveConfig, Asker, Known, Question, Reply, Request, RoomKey, Shared, Wanted, compaction, health_ok, room_rows,
-};
+use super::{ArchiveConfig, Asker, Checked, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
 use crate::links::LinkId;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
@@ -230,10 +229,7 @@ impl Writer {
                     }
                 }
                 for reply in replies {
-                    match reply {
-                        Due::Reply(reply) => self.reply(reply),
-                        Due::Answer(question) => self.reader.ask(question),
-                    }
+                    self.reply(reply);
                 }
                 if refusing {
                     tracing::info!("the archive writes again");
@@ -273,8 +269,11 @@ impl Writer {
     }
 
     fn merge_all(&mut self, batch: &[Request], committed: &mut Committed) -> rusqlite::Result<()> {
-        for request in batch {
+        for (request, is_outdated) in batch.iter().zip(outdated_states(batch)) {
             let Request::Merge { room, asker, operations, wall_ms, .. } = request else { continue };
+            if is_outdated {
+                continue;
+            }
             let before = match committed.rooms.get(room).or_else(|| self.rooms.get(room)) {
                 Some(state) => state.clone(),
                 None => room_rows::load(&self.file.connection, *room)?,
@@ -286,13 +285,13 @@ impl Writer {
                     if gaps.ours
                         && let Asker::Link(link) = *asker
                     {
-                        committed.replies.push(Due::Reply(Reply::MayLack { link }));
+                        committed.replies.push(Reply::MayLack { link });
                     }
                     if gaps.theirs {
-                        committed.replies.push(lacking(*room, *asker));
+                        committed.replies.push(lacking(*asker));
                     }
                     if let Some(latest) = state.latest.filter(|_| state.latest != before.latest) {
-                        committed.replies.push(Due::Reply(Reply::Latest { room: *room, latest }));
+                        committed.replies.push(Reply::Latest { room: *room, latest });
                     }
                     if state != before {
                         committed.rooms.insert(*room, state);
@@ -403,13 +402,7 @@ impl Writer {
 struct Committed {
     /// The rooms that have changed.
     rooms: HashMap<RoomKey, RoomState>,
-    replies: Vec<Due>,
-}
-
-/// What is to follow on a commit.
-enum Due {
-    Reply(Reply),
-    Answer(Question),
+    replies: Vec<Reply>,
 }
 
 /// The link over which everything came that was merged into a room, if it was one.
@@ -422,14 +415,27 @@ fn only_link(merged: &[Request], room: RoomKey) -> Option<LinkId> {
     askers.all(|asker| asker == Asker::Link(link)).then_some(link)
 }
 
-/// A peer lacks something: it is sent everything.
-fn lacking(room: RoomKey, asker: Asker) -> Due {
+/// A peer lacks something.
+fn lacking(asker: Asker) -> Reply {
     match asker {
-        Asker::Link(_) => {
-            Due::Answer(Question { room, asker, wanted: Wanted::Since(Known { timestamp: None, sent: None }) })
-        }
-        Asker::Room(room) | Asker::Linked(room) => Due::Reply(Reply::RoomLacks { room }),
+        Asker::Link(link) => Reply::Lacks { link },
+        Asker::Room(room) | Asker::Linked(room) => Reply::RoomLacks { room },
     }
+}
+
+/// Which of the requests are states of peers that have sent another since: it holds all that they did. Peers answer each
+/// other's states with their own while they write, and there may be many.
+fn outdated_states(batch: &[Request]) -> Vec<bool> {
+    let mut later = HashSet::new();
+    let mut outdated = vec![false; batch.len()];
+    for (request, is_outdated) in batch.iter().zip(&mut outdated).rev() {
+        if let Request::Merge { room, asker: Asker::Link(link), operations: Checked::Plain(operations), .. } = request
+            && matches!(operations[..], [Operation::FullStateSync(_)])
+        {
+            *is_outdated = !later.insert((*room, *link));
+        }
+    }
+    outdated
 }
 
 /// Whether an error will pass when the disk has space or works again.
@@ -448,4 +454,32 @@ fn is_of_the_disk(error: &rusqlite::Error) -> bool {
                 | ErrorCode::OutOfMemory
         )
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use genosdb::MemoryGraph;
+
+    use super::*;
+
+    #[test]
+    fn of_several_states_of_a_peer_the_last_one_counts() {
+        let state = || Operation::FullStateSync(MemoryGraph::default().full_state());
+        let merge = |room, link, operations| Request::Merge {
+            room: RoomKey(room),
+            asker: Asker::Link(link),
+            operations: Checked::Plain(operations),
+            wall_ms: 0,
+            bytes: 0,
+        };
+        let batch = [
+            merge(1, 1, vec![state()]),
+            merge(1, 2, vec![state()]),
+            // Who speaks of more than its state is heard.
+            merge(1, 1, vec![state(), state()]),
+            merge(2, 1, vec![state()]),
+            merge(1, 1, vec![state()]),
+        ];
+        assert_eq!(outdated_states(&batch), [true, false, false, false, false]);
+    }
 }

@@ -6,6 +6,7 @@ use genosdb::PeerId;
 
 use super::live::Live;
 use super::room::{Governor, MeshRoom, Part, RoomAnswers, place};
+use super::watermarks::Watermarks;
 use super::{Mesh, RoomId};
 use crate::archive::{OpenRoom, RoomKey};
 use crate::cells::Cells;
@@ -73,6 +74,7 @@ impl Mesh {
                 warned: false,
                 room_answers: RoomAnswers::default(),
                 live: Live::default(),
+                watermarks: Watermarks::new(database.latest),
                 deadline: now,
             };
             topics.extend(room.topics());

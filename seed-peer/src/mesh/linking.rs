@@ -7,6 +7,7 @@ use rand::RngCore as _;
 
 use super::messages::OperationRate;
 use super::room::MeshRoom;
+use super::watermarks::Heard;
 use super::{Mesh, Owner, RoomId};
 use crate::link::{CloseReason, Link, Step};
 use crate::links::LinkId;
@@ -108,6 +109,7 @@ impl Mesh {
             asked: false,
             sent: None,
             asked_for_all: None,
+            heard: Heard::default(),
             speaks_cells: false,
             in_full_mesh: false,
             rate: OperationRate::new(self.operations_per_second),
@@ -134,6 +136,9 @@ impl Mesh {
     /// A link that was open has ended.
     pub(super) fn unlinked(&mut self, owner: &Owner, died: bool, now: Instant) {
         let Some(room) = self.state.rooms.get_mut(&owner.room) else { return };
+        if let Some(until) = owner.heard.until() {
+            room.watermarks.unlinked(owner.peer, until);
+        }
         let is_bridge = room.cells.as_ref().is_some_and(|cells| cells.is_bridge(&owner.peer));
         room.roster.unlinked(owner.peer, died, is_bridge, now);
         if room.link_to(&owner.peer).is_none()

@@ -234,6 +234,11 @@ impl Mesh {
                 "a peer sends operations faster than seed.operations_per_second allows: some are left out"
             );
         }
+        if let Asker::Link(link) = asker
+            && let Some(owner) = self.state.owners.get_mut(&link)
+        {
+            changes.iter().for_each(|(operation, _)| owner.heard.hear(operation));
+        }
         let is_empty = changes.is_empty();
         let changes = if is_ruled {
             Received::WithText(changes.into_iter().map(|(operation, text)| (operation, text.to_owned())).collect())
@@ -339,11 +344,14 @@ impl Mesh {
     /// A peer is here: ask it for what we lack (wire §4).
     pub(super) fn joined(&mut self, id: RoomId, peer: PeerId, link: LinkId) {
         self.count_links(id);
-        let Some(room) = self.state.rooms.get(&id) else { return };
+        let Some(room) = self.state.rooms.get_mut(&id) else { return };
         tracing::debug!(room = %room.name, %peer, "a peer has joined");
         if room.part == Part::Graph {
-            let question = sync_message(room.latest, self.identity.as_deref());
-            self.send(link, question);
+            let from = room.watermarks.ask_from(&peer, room.latest);
+            if let Some(owner) = self.state.owners.get_mut(&link) {
+                owner.heard.asked(from);
+            }
+            self.send(link, sync_message(from, self.identity.as_deref()));
             if let Some(room) = self.state.rooms.get_mut(&id)
                 && let Some(governor) = &mut room.governor
             {
@@ -364,6 +372,14 @@ impl Mesh {
             }
             Reply::Send { to: Asker::Room(id), messages, .. } => self.answer_room(id, &messages),
             Reply::Send { to: Asker::Linked(id), messages, sent } => self.send_live(now, id, messages, sent),
+            Reply::Lacks { link } => {
+                // What it was sent before has arrived, or will; a whole state would have it answer with its own again.
+                if let Some(owner) = self.state.owners.get(&link) {
+                    let (id, sent) = (owner.room, owner.sent);
+                    let latest = self.state.rooms.get(&id).and_then(|room| room.latest);
+                    self.ask_archive(now, Asker::Link(link), id, Known { timestamp: sent.and(latest), sent });
+                }
+            }
             Reply::RoomLacks { room } => {
                 self.ask_archive(now, Asker::Room(room), room, Known { timestamp: None, sent: None });
             }

@@ -6,6 +6,7 @@ use genosdb::{APP_ID, Hlc, PeerId, Room, SdpKey, Topic};
 
 use super::RoomId;
 use super::live::Live;
+use super::watermarks::Watermarks;
 use crate::archive::{Known, RoomKey};
 use crate::cells::Cells;
 use crate::link::Listening;
@@ -60,6 +61,8 @@ pub(crate) struct MeshRoom {
     pub(crate) warned: bool,
     pub(crate) room_answers: RoomAnswers,
     pub(crate) live: Live,
+    /// From when on peers are asked that were linked before.
+    pub(crate) watermarks: Watermarks,
     /// When the room is in [`super::Mesh`]'s queue to be looked at.
     pub(crate) deadline: Instant,
 }

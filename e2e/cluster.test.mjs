@@ -1,0 +1,98 @@
+// Two machines of a cluster, each with a server of NATS of its own: pages that know one relay each meet, apps are told of
+// the TURN server near them, and what happens to NATS is said.
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { Homeport } from './lib/homeport.mjs';
+import { Nats } from './lib/nats.mjs';
+
+const SECRET = 'shared by the TURN servers of the cluster';
+const nats = [], machines = [];
+let pages, browser;
+
+const wait = ms => new Promise(done => setTimeout(done, ms));
+async function eventually(what, check) {
+  for (const deadline = Date.now() + 30_000; ;) {
+    const answer = await check();
+    if (answer) return answer;
+    assert.ok(Date.now() < deadline, what);
+    await wait(50);
+  }
+}
+
+before(async () => {
+  nats.push(await Nats.start());
+  nats.push(await Nats.start(nats[0]));
+  for (const [index, region] of ['eu', 'us'].entries()) {
+    machines.push(await Homeport.start({
+      settings: {
+        HOMEPORT_CLUSTER__NATS: nats[index].url, HOMEPORT_CLUSTER__NAME: region, HOMEPORT_TURN__REGION: region,
+        HOMEPORT_TURN__SECRET: SECRET, HOMEPORT_TURN__HOST: `turn-${region}.example.com`, HOMEPORT_METRICS__PROBE: 'false',
+      },
+    }));
+  }
+  [pages, browser] = [await servePages(), await launchChromium()];
+});
+after(async () => {
+  await browser?.close();
+  pages?.close();
+  for (const machine of machines) await machine.stop();
+  for (const server of nats) await server.kill();
+});
+
+test('two Trystero pages on relays of two machines meet and exchange messages', async () => {
+  const both = [];
+  for (const machine of machines) {
+    const page = await openPage(browser, `${pages.url}/pages/trystero.html`);
+    await until(page, 'the page', () => window.loaded === true);
+    both.push([page, machine.relayUrl]);
+  }
+  const start = Date.now();
+  for (const [page, url] of both) await page.evaluate(relay => window.start(relay, [], false), url);
+  for (const [page] of both) await until(page, 'a peer', () => window.state.peers.length === 1);
+  console.log(`cluster: pages on two relays met after ${Date.now() - start} ms`);
+  await both[0][0].evaluate(() => window.say('hello'));
+  await until(both[1][0], 'a message', () => window.state.messages.includes('hello'));
+  for (const machine of machines) {
+    assert.equal(await machine.metric('homeport_relay_connections') >= 1, true, 'each has a page of its own');
+    assert.ok(await machine.metric('homeport_relay_cluster_messages_total', 'out') > 0);
+  }
+  for (const [page] of both) await page.context().close();
+});
+
+const hosts = async (machine, query = '') => {
+  const { turnConfig } = await (await fetch(`${machine.httpUrl}/client-config.json${query}`)).json();
+  return turnConfig.slice(1).map(({ urls }) => /^turn:([^:]+):/.exec(urls[0])[1]);
+};
+
+test('apps are told of the TURN server near them first, and of none that has ended', async () => {
+  const [eu, us] = ['turn-eu.example.com', 'turn-us.example.com'];
+  await eventually('each knows both', async () => (await Promise.all(machines.map(machine => hosts(machine)))).every(list => list.length === 2));
+  assert.deepEqual(await hosts(machines[0]), [eu, us], 'near the relay, where no region is named');
+  assert.deepEqual(await hosts(machines[0], '?region=us'), [us, eu]);
+  assert.deepEqual(await hosts(machines[1], '?region=eu'), [eu, us]);
+  const { username, password, uris } = await (await fetch(`${machines[0].httpUrl}/turn-credentials?region=us`)).json();
+  assert.match(username, /^\d+:app$/);
+  assert.ok(password && uris[0].includes(us) && uris.some(uri => uri.includes(eu)));
+
+  const start = Date.now();
+  await machines[1].terminate();
+  await eventually('the one that ended is no longer listed', async () => (await hosts(machines[0], '?region=us')).join() === eu);
+  console.log(`cluster: a TURN server that ends is gone from the list after ${Date.now() - start} ms`);
+  await machines[1].run();
+  await eventually('it is back', async () => (await hosts(machines[0], '?region=us'))[0] === us);
+});
+
+test('the doctor names NATS when it is out of reach, and health says that the machine is alone', async () => {
+  const findings = JSON.parse(await machines[0].command('check', 'relay', '--json').catch(error => error.stdout));
+  const of = list => list.find(({ what }) => what === 'cluster');
+  assert.equal(of(findings).verdict, 'ok', JSON.stringify(findings));
+  await nats[0].kill();
+  const parts = async () => (await (await fetch(`${machines[0].metricsUrl}/readyz`)).json()).parts.cluster;
+  await eventually('health says so', async () => (await parts()).state === 'degraded');
+  const later = JSON.parse(await machines[0].command('check', 'relay', '--json').catch(error => error.stdout));
+  assert.equal(of(later).verdict, 'failure');
+  assert.match(of(later).advice, /cluster\.nats/);
+  await nats[0].resume();
+  await eventually('health says that it is back', async () => (await parts()).state === 'ok');
+});
