@@ -1,10 +1,17 @@
 // Two machines of a cluster, each with a server of NATS of its own: pages that know one relay each meet, apps are told of
 // the TURN server near them, and what happens to NATS is said.
 import assert from 'node:assert/strict';
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
 import { Homeport } from './lib/homeport.mjs';
 import { Nats } from './lib/nats.mjs';
+
+const dist = process.env.GENOSDB_DIST;
+const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
+const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
+if (!dist) console.log('GenosDB on two machines: the stand-in takes its place, GENOSDB_DIST names no folder with its dist files');
 
 const SECRET = 'shared by the TURN servers of the cluster';
 const nats = [], machines = [];
@@ -25,13 +32,14 @@ before(async () => {
   nats.push(await Nats.start(nats[0]));
   for (const [index, region] of ['eu', 'us'].entries()) {
     machines.push(await Homeport.start({
+      rooms: ['notes'],
       settings: {
         HOMEPORT_CLUSTER__NATS: nats[index].url, HOMEPORT_CLUSTER__NAME: region, HOMEPORT_TURN__REGION: region,
         HOMEPORT_TURN__SECRET: SECRET, HOMEPORT_TURN__HOST: `turn-${region}.example.com`, HOMEPORT_METRICS__PROBE: 'false',
       },
     }));
   }
-  [pages, browser] = [await servePages(), await launchChromium()];
+  [pages, browser] = [await servePages(dist ? { genosdb: dist } : {}), await launchChromium()];
 });
 after(async () => {
   await browser?.close();
@@ -81,6 +89,47 @@ test('apps are told of the TURN server near them first, and of none that has end
   console.log(`cluster: a TURN server that ends is gone from the list after ${Date.now() - start} ms`);
   await machines[1].run();
   await eventually('it is back', async () => (await hosts(machines[0], '?region=us'))[0] === us);
+});
+
+test('a machine dies while pages write: the others go on, and both archives hold all when it is back', async () => {
+  const all = machines.map(({ relayUrl }) => relayUrl);
+  // Each page knows the relay of its machine first, as a balancer would have it, and the other.
+  const both = [];
+  for (const relayUrls of [all, all.toReversed()]) {
+    const query = new URLSearchParams({ client, name: 'notes', options: JSON.stringify({ rtc: { relayUrls, turnConfig: [] } }) });
+    const page = await openPage(browser, `${pages.url}/pages/database.html?${query}`);
+    await until(page, 'the database', () => window.loaded === true);
+    both.push(page);
+  }
+  const write = (page, name) => page.evaluate(async prefix => {
+    for (let number = 0; number < 100; number++) await window.db.put({ number }, `${prefix}-${number}`);
+  }, name);
+  const hold = count => Promise.all(both.map(page => until(page, `${count} nodes`, async wanted => await window.count() === wanted, count)));
+  const archived = async (machine, count) => eventually(`${count} nodes in an archive`,
+    async () => await machine.metric('homeport_seed_nodes', 'notes') === count);
+  for (const page of both) await until(page, 'a link', () => window.db.room.getPeers().size > 0);
+  await write(both[0], 'before');
+  await hold(100);
+  for (const machine of machines) await archived(machine, 100);
+
+  await machines[1].kill();
+  await write(both[1], 'while');
+  await hold(200);
+  await archived(machines[0], 200);
+  const start = Date.now();
+  await machines[1].run();
+  await archived(machines[1], 200);
+  console.log(`cluster: the archive of a machine that was gone has caught up ${Date.now() - start} ms after it was started`);
+  await write(both[0], 'after');
+  await hold(300);
+  for (const machine of machines) {
+    await archived(machine, 300);
+    const shown = await machine.command('rooms', 'show', 'notes', '--query', '{}');
+    const held = shown.split('\n').filter(Boolean).map(JSON.parse).map(({ id, value }) => [id, value.number]);
+    const expected = ['before', 'while', 'after'].flatMap(name => Array.from({ length: 100 }, (_, number) => [`${name}-${number}`, number]));
+    assert.deepEqual(new Map(held), new Map(expected.sort(([one], [other]) => (one < other ? -1 : 1))));
+  }
+  for (const page of both) await page.context().close();
 });
 
 test('the doctor names NATS when it is out of reach, and health says that the machine is alone', async () => {

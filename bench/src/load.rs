@@ -109,12 +109,25 @@ pub(crate) async fn subscribe(url: &str, topic: &str) -> anyhow::Result<Socket> 
 
 /// Runs a shape against the relay at `url`; `before` is called when everybody is connected and nobody has spoken.
 pub(crate) async fn run(url: &str, shape: Shape, before: impl FnOnce()) -> anyhow::Result<Outcome> {
+    run_when(&[url], shape, async {
+        before();
+        Ok(())
+    })
+    .await
+}
+
+/// Runs a shape against several relays, the clients of a room in turn at each of them; nobody speaks before `ready`.
+pub(crate) async fn run_when(
+    urls: &[&str],
+    shape: Shape,
+    ready: impl Future<Output = anyhow::Result<()>>,
+) -> anyhow::Result<Outcome> {
     let (clients, mut ledger) = prepare(shape)?;
     let mut sockets = Vec::with_capacity(clients.len());
-    for client in &clients {
+    for (client, url) in clients.iter().zip(urls.iter().cycle()) {
         sockets.push(subscribe(url, &client.topic).await?);
     }
-    before();
+    ready.await?;
     ledger.start = Instant::now();
     let ledger = Arc::new(ledger);
     let published = u64::try_from(shape.connections * shape.events)?;

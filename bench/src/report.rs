@@ -25,12 +25,13 @@ struct Cli {
 }
 
 /// What each bench prints, and the section of the report that it belongs to.
-const SECTIONS: [(&str, &str); 5] = [
+const SECTIONS: [(&str, &str); 6] = [
     ("relay", "## Relay"),
     ("turn", "## TURN"),
     ("seed", "## Seed"),
     ("archive", "## The archive's word"),
     ("soak", "## Everything at once"),
+    ("cluster", "## Relays side by side"),
 ];
 
 /// A Markdown table.
@@ -78,7 +79,7 @@ fn tables(text: &str) -> Vec<Table> {
     let mut lines = text.lines().peekable();
     while let Some(line) = lines.next() {
         let Some(head) = cells(line) else { continue };
-        if !lines.next_if(|next| next.starts_with("| ---")).is_some_and(|_| true) {
+        if lines.next_if(|next| next.starts_with("| ---")).is_none() {
             continue;
         }
         let mut rows: Vec<Vec<String>> = Vec::new();
@@ -170,7 +171,7 @@ fn machine(results: &Path) -> anyhow::Result<String> {
         SECTIONS.into_iter().map(|(name, _)| name).filter(|name| results.join(format!("{name}.md")).exists()).collect();
     rows.push(("in this run", ran.join(", ")));
     let rows = rows.into_iter().map(|(what, is)| vec![what.to_owned(), is]).collect();
-    Ok(print(&Table { head: vec!["machine".into(), String::new()], rows }))
+    Ok(print(&Table { head: vec!["machine".into(), "is".into()], rows }))
 }
 
 /// The first number in a cell.
@@ -339,7 +340,9 @@ impl Chart {
             .with_context(|| format!("{} has no column {:?}", self.section, self.column))?;
         let index = table.head.iter().position(|head| head == self.column).context("no such column")?;
         let point = |row: &Vec<String>| {
-            let name = row.iter().take(self.labels).map(String::as_str).collect::<Vec<_>>().join(", ");
+            // What stands behind a colon says how; the table does too.
+            let words = |cell: &String| cell.split(':').next().unwrap_or_default().to_owned();
+            let name = row.iter().take(self.labels).map(words).collect::<Vec<_>>().join(", ");
             Some((name, number(row.get(index)?)?))
         };
         Ok(table.rows.iter().filter_map(point).collect())
@@ -375,18 +378,12 @@ impl Chart {
         for (index, (name, value)) in points.iter().enumerate() {
             let y = BAR.mul_add(1.3 * index as f64, 44.0);
             let class = if name.contains("homeport") { "ours" } else { "theirs" };
-            let short: String = if name.chars().count() > 52 {
-                let tail: String = name.chars().rev().take(14).collect::<Vec<_>>().into_iter().rev().collect();
-                name.chars().take(34).collect::<String>() + " … " + &tail
-            } else {
-                name.clone()
-            };
             let _ = writeln!(
                 body,
                 r#"<text x="{:.0}" y="{:.0}" text-anchor="end" font-size="12">{}</text><rect class="{class}" x="{NAMES}" y="{y:.0}" width="{:.1}" height="{BAR}"/><text x="{:.0}" y="{:.0}">{value}</text>"#,
                 NAMES - 8.0,
                 y + 14.0,
-                escaped(&short),
+                escaped(name),
                 length(*value),
                 NAMES + length(*value) + 6.0,
                 y + 14.0,

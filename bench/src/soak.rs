@@ -6,6 +6,7 @@
 
 #[allow(dead_code, reason = "what it starts prints where it is")]
 mod process;
+mod scrape;
 mod seed_client;
 // The client of the server's own tests.
 #[path = "../../turn-server/tests/support/mod.rs"]
@@ -194,7 +195,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
     }
     println!("\n| memory after the first {WARM_UP_MINUTES} minutes | KiB a minute |\n| --- | --- |");
     println!("| slope | {:+.1} |", slope(&samples));
-    println!("\n| counted, with the minute of too much | |\n| --- | --- |");
+    println!("\n| counted, with the minute of too much | how many |\n| --- | --- |");
     for line in counted(metrics).await? {
         if let Some((name, count)) = line.rsplit_once(' ') {
             println!("| `{name}` | {count} |");
@@ -238,11 +239,7 @@ fn slope(samples: &[f64]) -> f64 {
 
 /// The counters of what is dropped, refused or fails, that are not zero.
 async fn counted(metrics: SocketAddr) -> anyhow::Result<Vec<String>> {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let mut stream = tokio::net::TcpStream::connect(metrics).await?;
-    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").await?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await?;
+    let text = scrape::metrics(metrics).await?;
     let names = ["_drops_", "_refused", "_disconnects_", "_closed_", "_failures", "_ended_total", "operations_total"];
     let is_told =
         |line: &&str| !line.starts_with('#') && !line.ends_with(" 0") && names.iter().any(|name| line.contains(name));

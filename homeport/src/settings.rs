@@ -304,6 +304,8 @@ mod tests {
             ("[tls]\nacme = { domains = [\"192.0.2.1\"] }", "tls.acme.domains"),
             ("[tls]\nacme = { domain = \"a.example\" }", "domain"),
             ("[tls]\ncert = \"x\"\nacme = { domains = [\"a.example\"] }", "tls.acme"),
+            ("[[turn.servers]]\nregion = \"eu\"", "turn.servers.host"),
+            ("[[turn.servers]]\nhost = \"turn:a.example\"", "turn.servers.host"),
             ("[cluster]\nname = \"a\"", "cluster.nats"),
             ("[cluster]\nnats = \"ftp://a\"", "cluster.nats"),
             ("[cluster]\nnats = \"nats://a\"\nname = \"a b\"", "cluster.name"),
@@ -320,6 +322,7 @@ mod tests {
                     .and_then(|_| settings.relay_key())
                     .and_then(|key| settings.relay(axum::Router::new(), &[&key], None))
                     .and_then(|_| settings.cluster())
+                    .and_then(|_| settings.other_turn_servers())
                     .map(|_| ())
                     .map_err(|error| error.to_string()),
                 Err(error) => Err(error),

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use service::{Cluster, Health, State};
 use tokio::task::JoinHandle;
 
+use crate::client_config::is_host;
 use crate::turn_credentials::TurnPlace;
 
 /// Where TURN servers say that they are there.
@@ -119,9 +120,11 @@ impl TurnServers {
                 }
             };
             while let Some(message) = subscriber.next().await {
-                match serde_json::from_slice(&message.payload) {
-                    Ok(announcement) => servers.hear(announcement, Instant::now()),
-                    Err(error) => tracing::debug!(%error, "what a TURN server says is not understood"),
+                match serde_json::from_slice::<Announcement>(&message.payload) {
+                    Ok(announcement) if is_host(&announcement.server.place.host) => {
+                        servers.hear(announcement, Instant::now());
+                    }
+                    _ => tracing::debug!("what a TURN server says is not understood"),
                 }
             }
         })

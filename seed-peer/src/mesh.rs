@@ -216,6 +216,7 @@ impl Mesh {
         }
         if has_settled {
             self.ask_around(id);
+            self.bring_up_to_date(id);
         }
         self.prune(id, now);
         self.count_presence(id);

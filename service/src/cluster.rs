@@ -11,7 +11,7 @@ use crate::health::{Health, State};
 use crate::metrics::Telemetry;
 
 /// The part of the health that says how the connection is.
-const PART: &str = "cluster";
+pub const PART: &str = "cluster";
 /// Commands that wait for the connection; each is a message, or a subscription.
 const WAITING_COMMANDS: usize = 1_024;
 /// How long to wait before NATS is tried again, at most.
@@ -166,7 +166,16 @@ fn note(health: &Health, connected: &prometheus::IntGauge, event: &Event) {
             }
         }
         Event::ServerError(error) => tracing::warn!(error = ?error.to_string(), "NATS refuses something"),
-        Event::ClientError(error) => tracing::debug!(error = ?error.to_string(), "speaking to NATS"),
+        Event::ClientError(error) => {
+            let error = error.to_string();
+            tracing::debug!(error = ?error, "speaking to NATS");
+            if connected.get() == 0 {
+                health.set(
+                    PART,
+                    State::Degraded(format!("NATS is out of reach (cluster.nats): {}", error.escape_debug())),
+                );
+            }
+        }
         Event::SlowConsumer(_) => tracing::warn!("messages of NATS come faster than they are taken"),
         Event::LameDuckMode | Event::Draining => tracing::info!("a server of NATS is about to end"),
     }

@@ -223,14 +223,18 @@ impl Settings {
         TurnServer { place, region: self.turn.region.clone(), weight: self.turn.weight }
     }
 
+    /// The TURN servers that the settings name.
+    pub(super) fn other_turn_servers(&self) -> Result<Vec<TurnServer>, SettingsError> {
+        self.turn.servers.iter().map(TurnServerSettings::server).collect()
+    }
+
     /// The TURN servers for apps. `own` is that of this process, if there is one; in a cluster it says so itself.
     pub(crate) async fn turn_servers(
         &self,
         own: Option<TurnSummary>,
         in_cluster: bool,
     ) -> Result<TurnServers, SettingsError> {
-        let mut fixed: Vec<TurnServer> =
-            self.turn.servers.iter().map(TurnServerSettings::server).collect::<Result<_, _>>()?;
+        let mut fixed = self.other_turn_servers()?;
         match own {
             Some(own) if !in_cluster => fixed.push(self.turn_server(own)),
             // Where none is named, the settings tell of one: `auto` then means that it is on this machine.

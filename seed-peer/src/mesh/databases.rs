@@ -74,6 +74,7 @@ impl Mesh {
                 warned: false,
                 room_answers: RoomAnswers::default(),
                 live: Live::default(),
+                logged: 0,
                 watermarks: Watermarks::new(database.latest),
                 deadline: now,
             };

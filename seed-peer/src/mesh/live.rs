@@ -84,12 +84,13 @@ impl Live {
 impl Mesh {
     /// What peers have sent is in the log of a database.
     pub(super) fn logged(&mut self, now: Instant, key: RoomKey, first: u64, last: u64, over: Option<LinkId>) {
-        if !self.pass_on {
-            return;
-        }
         let mut ids = Vec::new();
         for room in self.state.rooms.values_mut() {
-            if room.archive != key || room.part != Part::Graph || room.cells.is_some() {
+            if room.archive != key || room.part != Part::Graph {
+                continue;
+            }
+            room.logged = last;
+            if !self.pass_on || room.cells.is_some() {
                 continue;
             }
             let (one, another) = {

@@ -281,6 +281,24 @@ impl Mesh {
         }
     }
 
+    /// Sends each linked peer what came since it was last sent something. What crossed between cells while rosters differed
+    /// was dropped by who took itself to be in another; this comes on the link itself, and counts whatever the cell.
+    pub(super) fn bring_up_to_date(&mut self, id: RoomId) {
+        let Some(room) = self.state.rooms.get(&id).filter(|room| room.part == Part::Graph) else { return };
+        // Several of our ids may be linked with a peer: it has what came over any of them.
+        let mut peers: HashMap<PeerId, (u64, LinkId)> = HashMap::new();
+        for (_, peer, link) in room.links() {
+            if let Some(sent) = self.state.owners.get(&link).and_then(|owner| owner.sent) {
+                let most = peers.entry(peer).or_insert((sent, link));
+                *most = (*most).max((sent, link));
+            }
+        }
+        for (sent, link) in peers.into_values().filter(|(sent, _)| *sent < room.logged) {
+            let known = Known { timestamp: room.latest, sent: Some(sent) };
+            self.archive.answer(room.archive, Asker::Link(link), known);
+        }
+    }
+
     fn ask_archive(&mut self, now: Instant, asker: Asker, id: RoomId, known: Known) {
         let Some(room) = self.state.rooms.get_mut(&id) else { return };
         let known = match asker {

@@ -61,6 +61,8 @@ pub(crate) struct MeshRoom {
     pub(crate) warned: bool,
     pub(crate) room_answers: RoomAnswers,
     pub(crate) live: Live,
+    /// The last log entry of the archive, since the room was entered.
+    pub(crate) logged: u64,
     /// From when on peers are asked that were linked before.
     pub(crate) watermarks: Watermarks,
     /// When the room is in [`super::Mesh`]'s queue to be looked at.
