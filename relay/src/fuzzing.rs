@@ -18,7 +18,7 @@ pub fn message(text: &str) {
             let filters: Vec<Filter> =
                 filters.iter().filter_map(|filter| Filter::parse(filter, 2_048, 60).ok()).collect();
             let subscriptions = Subscriptions::default();
-            let added = subscriptions.add(&subscription, 1, filters, Default::default());
+            let added = subscriptions.add(&subscription, 1, filters, Box::default(), Default::default());
             let message = format!("{}{{}}]", added.prefix);
             assert!(serde_json::from_str::<serde_json::Value>(&message).is_ok(), "{message}");
             subscriptions.remove(&added);

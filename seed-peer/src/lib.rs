@@ -6,6 +6,8 @@ mod archive;
 mod backup;
 mod cells;
 mod check;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod history;
 mod link;
 mod link_probe;
