@@ -140,7 +140,7 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         .env("HOMEPORT_SEED__ROOM", format!("[{}]", rooms.join(",")))
         .env("HOMEPORT_METRICS__LISTEN", metrics.to_string())
         .stdout(Stdio::piped())
-        .stderr(std::fs::File::create("soak.log")?)
+        .stderr(std::fs::File::create("target/soak.log")?)
         .spawn()?;
     let lines = BufReader::new(child.stdout.take().context("no output")?).lines();
     let process = Process(child);

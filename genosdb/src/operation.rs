@@ -332,8 +332,9 @@ impl Node {
     }
 
     /// The operations after which a peer that had an older version of the node, or none, holds this one; none for a node
-    /// without a value. Members that this version does not know have no place in an operation. There is no operation that sets value and edges at one moment: so the edges are made just before
-    /// it, each at a moment of its own, and the value, set once more, gives the node its timestamp.
+    /// without a value. Members that this version does not know have no place in an operation. There is no operation
+    /// that sets value and edges at one moment: so the edges are made just before it, each at a moment of its own, and
+    /// the value, set once more, gives the node its timestamp.
     pub fn operations(&self) -> Vec<Operation> {
         let Some(value) = &self.value else { return Vec::new() };
         let set = |timestamp| {

@@ -106,18 +106,21 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let relay_key = settings.relay_key()?;
     let probe_key = RelayKey::generate();
     let own_keys: Vec<&RelayKey> = services.seed.then_some(&relay_key).into_iter().chain([&probe_key]).collect();
-    let turn_servers = Arc::new(settings.turn_servers(summary.turn, cluster.is_some()).await?);
+    let turn_servers = if services.relay {
+        Some(Arc::new(settings.turn_servers(summary.turn, cluster.is_some()).await?))
+    } else {
+        None
+    };
     let mut of_cluster = Vec::new();
     let announcer = match (&cluster, &turn, summary.turn) {
         (Some(cluster), Some(turn), Some(own)) => {
-            let own_list = services.relay.then(|| Arc::clone(&turn_servers));
-            let announcer = Announcer::new(cluster.clone(), settings.turn_server(own), turn, own_list);
+            let announcer = Announcer::new(cluster.clone(), settings.turn_server(own), turn, turn_servers.clone());
             of_cluster.push(announcer.start());
             Some(announcer)
         }
         _ => None,
     };
-    let relay = if services.relay {
+    let relay = if let Some(turn_servers) = turn_servers {
         of_cluster.extend(cluster.as_ref().map(|cluster| turn_servers.listen(cluster)));
         let mut routes = client_config(&settings, turn_servers)?.routes();
         if settings.relay.reports {

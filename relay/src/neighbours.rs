@@ -8,7 +8,7 @@
 //! While NATS is out of reach, clients of this relay go on among themselves, and what is said meanwhile is not kept for
 //! others: signalling that is late is of no use, and clients say it again.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
@@ -122,8 +122,43 @@ impl Said {
 struct Interests {
     /// By how many.
     wanted: HashMap<Subject, usize>,
-    /// Those that began or ended to be wanted since they were last looked at.
-    changed: Vec<Subject>,
+    /// What NATS was asked for.
+    asked: HashSet<Subject>,
+    /// Of those wanted, what NATS was not asked for yet.
+    fresh: HashSet<Subject>,
+    /// Of those asked for, what nobody wants any more.
+    stale: HashSet<Subject>,
+}
+
+impl Interests {
+    /// Somebody wants a subject. Returns whether there was room for it.
+    fn want(&mut self, subject: &Subject) -> bool {
+        if let Some(count) = self.wanted.get_mut(subject) {
+            *count += 1;
+            return true;
+        }
+        if self.wanted.len() >= MAX_SUBJECTS {
+            return false;
+        }
+        self.wanted.insert(subject.clone(), 1);
+        if !self.stale.remove(subject) && !self.asked.contains(subject) {
+            self.fresh.insert(subject.clone());
+        }
+        true
+    }
+
+    /// Somebody who wanted a subject no longer does.
+    fn leave(&mut self, subject: &Subject) {
+        let Some(count) = self.wanted.get_mut(subject) else { return };
+        *count -= 1;
+        if *count == 0 {
+            self.wanted.remove(subject);
+            // What comes and goes while NATS is away leaves nothing behind.
+            if !self.fresh.remove(subject) && self.asked.contains(subject) {
+                self.stale.insert(subject.clone());
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -199,18 +234,7 @@ impl Neighbours {
         let asked = subjects.len();
         subjects.truncate(MAX_SUBJECTS_PER_CONNECTION.saturating_sub(already));
         let mut interests = self.lock();
-        subjects.retain(|subject| {
-            if let Some(count) = interests.wanted.get_mut(subject) {
-                *count += 1;
-                return true;
-            }
-            let fits = interests.wanted.len() < MAX_SUBJECTS;
-            if fits {
-                interests.wanted.insert(subject.clone(), 1);
-                interests.changed.push(subject.clone());
-            }
-            fits
-        });
+        subjects.retain(|subject| interests.want(subject));
         drop(interests);
         self.dropped("too_many_subjects", asked - subjects.len());
         self.changed.notify_one();
@@ -220,15 +244,7 @@ impl Neighbours {
     /// Somebody no longer listens.
     pub(crate) fn unfollow(&self, subjects: &[Subject]) {
         let mut interests = self.lock();
-        for subject in subjects {
-            if let Some(count) = interests.wanted.get_mut(subject) {
-                *count -= 1;
-                if *count == 0 {
-                    interests.wanted.remove(subject);
-                    interests.changed.push(subject.clone());
-                }
-            }
-        }
+        subjects.iter().for_each(|subject| interests.leave(subject));
         drop(interests);
         self.changed.notify_one();
     }
@@ -285,26 +301,35 @@ impl Neighbours {
 
     /// Makes our subscriptions what they should be.
     async fn keep_up(&self, followed: &mut Followed) {
-        let (changed, now) = (std::mem::take(&mut self.lock().changed), Instant::now());
-        for subject in changed {
-            let is_wanted = self.lock().wanted.contains_key(&subject);
-            if !is_wanted {
-                followed.leaving.push_back((now + LINGER, subject));
-            } else if !followed.tasks.contains_key(&subject) {
-                match self.cluster.client().subscribe(subject.0.to_string()).await {
-                    Ok(subscriber) => {
-                        let task = tokio::spawn(listen(followed.relay.clone(), subscriber));
-                        followed.tasks.insert(subject, task.abort_handle());
-                    }
-                    Err(error) => tracing::warn!(error = ?error.to_string(), "NATS cannot be asked for a subject"),
+        let (fresh, stale) = {
+            let mut interests = self.lock();
+            let fresh = std::mem::take(&mut interests.fresh);
+            interests.asked.extend(fresh.iter().cloned());
+            (fresh, std::mem::take(&mut interests.stale))
+        };
+        let now = Instant::now();
+        followed.leaving.extend(stale.into_iter().map(|subject| (now + LINGER, subject)));
+        for subject in fresh {
+            match self.cluster.client().subscribe(subject.0.to_string()).await {
+                Ok(subscriber) => {
+                    let task = tokio::spawn(listen(followed.relay.clone(), subscriber));
+                    followed.tasks.insert(subject, task.abort_handle());
+                }
+                Err(error) => {
+                    self.lock().asked.remove(&subject);
+                    tracing::warn!(error = ?error.to_string(), "NATS cannot be asked for a subject");
                 }
             }
         }
         while let Some((_, subject)) = followed.leaving.pop_front_if(|(at, _)| *at <= now) {
-            let is_wanted = self.lock().wanted.contains_key(&subject);
-            if !is_wanted && let Some(task) = followed.tasks.remove(&subject) {
+            let mut interests = self.lock();
+            if !interests.wanted.contains_key(&subject) {
+                interests.asked.remove(&subject);
+                interests.stale.remove(&subject);
                 // With its subscriber goes the subscription.
-                task.abort();
+                if let Some(task) = followed.tasks.remove(&subject) {
+                    task.abort();
+                }
             }
         }
         self.metrics.subjects.set(i64::try_from(followed.tasks.len()).unwrap_or(i64::MAX));
@@ -483,6 +508,22 @@ mod tests {
         }
         assert_eq!(by_relays[0], 0);
         assert_eq!(by_relays[3], by_relays[4], "relays without a member cost nothing");
+    }
+
+    #[test]
+    fn what_comes_and_goes_while_nats_is_away_leaves_nothing_behind() {
+        let mut interests = Interests::default();
+        let subject = |number: usize| Subject::of("x", &number.to_string());
+        interests.asked.insert(subject(0));
+        for number in 0..10_000 {
+            assert!(interests.want(&subject(number)) && interests.want(&subject(number)));
+            interests.leave(&subject(number));
+            interests.leave(&subject(number));
+        }
+        assert!(interests.wanted.is_empty() && interests.fresh.is_empty());
+        assert_eq!(interests.stale, HashSet::from([subject(0)]));
+        assert!(interests.want(&subject(0)) && interests.stale.is_empty() && interests.fresh.is_empty());
+        assert!(interests.want(&subject(1)) && interests.fresh.contains(&subject(1)));
     }
 
     #[test]
