@@ -167,6 +167,7 @@ async fn fill(data: &Path, args: &Args, identity: Option<Arc<Identity>>) -> anyh
         max_links: 16,
         check_room: None,
         backup: None,
+        shared: None,
     })?;
     let start = Instant::now();
     for batch in (0..args.operations).collect::<Vec<_>>().chunks(1_000) {

@@ -41,6 +41,8 @@ pub(crate) enum Request {
         #[serde(default)]
         super_admins: Vec<String>,
     },
+    /// Have a room held by a machine of the cluster, or by any.
+    Move { name: String, machine: Option<String> },
     /// Stay out of a room for now.
     Pause { name: String },
     /// Join a paused room again.
@@ -177,6 +179,7 @@ async fn grant(request: Request, rooms: &Rooms, served: Option<&ServedRooms>) ->
             };
         }
         Request::Tell { name } => rooms.tell(&name).await?,
+        Request::Move { name, machine } => rooms.move_to(&name, machine.as_deref()).await?,
         Request::Pause { name } => rooms.pause(&name).await?,
         Request::Resume { name } => rooms.resume(&name).await?,
         Request::Remove { name } => {

@@ -1,6 +1,7 @@
 //! `homeport rooms`: the rooms of a seed, what is and was in them, and how that changes without a restart.
 
 mod backup;
+mod cluster;
 mod export;
 mod history;
 mod import;
@@ -86,6 +87,21 @@ enum RoomsCommand {
         /// The database's name
         name: String,
     },
+    /// Have a room held by another machine of the cluster, from now on and as long as that is there
+    Move {
+        /// The database's name
+        name: String,
+        /// What the machine is called (cluster.name)
+        #[arg(required_unless_present = "anywhere")]
+        machine: Option<String>,
+        /// By any machine: where it is then follows from their names, and changes when machines come and go
+        #[arg(long, conflicts_with = "machine")]
+        anywhere: bool,
+    },
+    /// Give all rooms of this archive to a cluster that has none of them yet, while no seed runs here
+    ToCluster,
+    /// Bring all rooms of the cluster into this archive, while no seed runs here
+    FromCluster,
     /// Back the archive up, all rooms of it, now
     Backup(BackupArgs),
     /// List the backups
@@ -146,6 +162,9 @@ pub(crate) fn run(args: RoomsArgs) -> anyhow::Result<()> {
             let cells = cell_size.map(|cell_size| CellsSettings { cell_size, bridge: bridge.unwrap_or_default() });
             Request::Add { name, password, cells, super_admins: super_admin }
         }
+        RoomsCommand::ToCluster => return cluster::transfer(&settings, cluster::Way::To),
+        RoomsCommand::FromCluster => return cluster::transfer(&settings, cluster::Way::From),
+        RoomsCommand::Move { name, machine, .. } => Request::Move { name, machine },
         RoomsCommand::Pause { name } => Request::Pause { name },
         RoomsCommand::Resume { name } => Request::Resume { name },
         RoomsCommand::Remove { name } => Request::Remove { name },
@@ -203,6 +222,7 @@ fn read_password(file: &PathBuf) -> anyhow::Result<String> {
 fn state(room: &RoomStatus) -> String {
     match (room.paused, room.cells, room.bridged_cells) {
         (true, ..) => "paused".into(),
+        (false, ..) if room.elsewhere => format!("held by {}", room.held_by.as_deref().unwrap_or("nobody")),
         (false, Some(cells), Some(bridged)) => format!("{cells} cells, {bridged} bridged"),
         (false, ..) => "full mesh".into(),
     }
@@ -264,6 +284,8 @@ mod tests {
             cells,
             bridged_cells: cells.map(|_| 1),
             members_by_cell: Vec::new(),
+            held_by: None,
+            elsewhere: false,
             nodes: 1_000,
             logged_operations: 20_000,
         };

@@ -141,7 +141,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     };
     let mut seed = if services.seed {
         let own_relay = relay.as_ref().map(|relay| own_url(relay.address()));
-        let config = settings.seed(own_relay, relay_key).await?;
+        let config = settings.seed(own_relay, relay_key, cluster.clone()).await?;
         summary.identity = config.identity.as_ref().map(|identity| identity.address().to_string());
         let server = seed_peer::Server::bind(config)?;
         summary.seed = Some((server.address(), settings.seed.data.clone()));

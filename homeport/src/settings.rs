@@ -253,7 +253,8 @@ mod tests {
         let turn = settings.turn().unwrap();
         assert_eq!(turn.relay_ports, 50_000..=50_100);
         assert_eq!(turn.credentials.users["alice"], "password");
-        let seed = settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap()).await.unwrap();
+        let seed =
+            settings.seed(Some("ws://127.0.0.1:9001/".into()), settings.relay_key().unwrap(), None).await.unwrap();
         assert_eq!(seed.relays, ["ws://127.0.0.1:9001/", "wss://relay.example.org"]);
         assert_eq!(
             seed.rooms.iter().map(|room| room.name.as_str()).collect::<Vec<_>>(),

@@ -30,6 +30,7 @@ use crate::metrics::Metrics;
 use crate::neighbours::{self, NEIGHBOUR, Neighbours};
 use crate::presence::{AnnounceEconomy, Audience, Presence, PresentKey};
 use crate::recent::RecentIds;
+use crate::replication::{self, Replication, ReplicationError};
 use crate::store::{NotStored, Store, StoreConfig, StoreError, Stored};
 use crate::subscriptions::Subscriptions;
 
@@ -168,6 +169,9 @@ pub enum StartError {
     /// The store of events cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Stored events cannot be exchanged with other relays.
+    #[error(transparent)]
+    Replication(#[from] ReplicationError),
     /// The certificate cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -211,6 +215,14 @@ impl Server {
         };
         let stop = CancellationToken::new();
         let connections = TaskTracker::new();
+        let replication = match (&config.cluster, &config.store) {
+            (Some(cluster), Some(store)) => {
+                let health = telemetry.health.clone();
+                let replication = Replication::open(cluster.clone(), store, &telemetry.registry, health)?;
+                Some(Arc::new(replication))
+            }
+            _ => None,
+        };
         let neighbours = config.cluster.map(|cluster| Neighbours::new(cluster, &telemetry.registry)).transpose()?;
         let (neighbours, to_neighbours) = neighbours.unzip();
         let neighbours = neighbours.map(Arc::new);
@@ -227,6 +239,7 @@ impl Server {
             page: config.page,
             dials: config.dial_ledger.then(DialLedger::default),
             neighbours,
+            replication,
             recent: RecentIds::default(),
             next_connection: AtomicU64::new(1),
             metrics,
@@ -237,6 +250,7 @@ impl Server {
         if let Some(queue) = to_neighbours {
             neighbours::start(&relay, queue, stop.clone());
         }
+        replication::start(&relay, &stop);
         let router = Router::new()
             .route("/", get(root))
             .route("/healthz", get(healthz))
@@ -329,6 +343,8 @@ pub(crate) struct Relay {
     dials: Option<DialLedger>,
     /// The other relays of a cluster.
     pub(crate) neighbours: Option<Arc<Neighbours>>,
+    /// What makes the stored events of a cluster the same.
+    pub(crate) replication: Option<Arc<Replication>>,
     page: Page,
     recent: RecentIds,
     next_connection: AtomicU64,
@@ -421,7 +437,8 @@ impl Relay {
             && let Some(store) = &self.store
         {
             // Boxed, here and where else the store is asked: most connections never do, and all would pay for the room.
-            match Box::pin(store.save(raw)).await {
+            let stored = Box::pin(store.save(raw)).await.and_then(|stored| self.replicate(raw).map(|()| stored));
+            match stored {
                 Ok(Stored::New) => {}
                 Ok(Stored::Duplicate) => return Ok((Accepted::Duplicate, None)),
                 Err(reason) => {
@@ -441,6 +458,42 @@ impl Relay {
         }
         let unheard = event.is_ephemeral() && heard_by == 0 && !told;
         Ok((if unheard { Accepted::Mute } else { Accepted::Delivered }, joined))
+    }
+
+    /// Has the other relays store what is stored here; also what was here already: its author may say it again because
+    /// it was not told that we have it.
+    fn replicate(&self, raw: &str) -> Result<(), NotStored> {
+        let Some(replication) = &self.replication else { return Ok(()) };
+        replication.tell(raw).map_err(|error| {
+            tracing::warn!(%error, "a stored event cannot be written down for the other relays");
+            NotStored::Failed
+        })
+    }
+
+    /// Stores what another relay has stored, and tells it to who listens here. What is of no use here is left out.
+    ///
+    /// # Errors
+    /// When it is to come again: the store does not take it now.
+    pub(crate) async fn take_in(&self, raw: &str) -> Result<(), NotStored> {
+        let Some(store) = &self.store else { return Ok(()) };
+        let event = match serde_json::from_str::<Event<'_>>(raw) {
+            Ok(event) if !event.is_ephemeral() => event,
+            _ => {
+                tracing::warn!("something in the stream of stored events is none");
+                return Ok(());
+            }
+        };
+        match store.save(raw).await {
+            Ok(Stored::New) => {
+                if self.recent.insert(event.id) {
+                    self.spread(&event, &raw.into(), NEIGHBOUR, false, false);
+                }
+                Ok(())
+            }
+            Err(NotStored::Failed) => Err(NotStored::Failed),
+            Ok(Stored::Duplicate)
+            | Err(NotStored::Deleted | NotStored::Expired | NotStored::Replaced | NotStored::InvalidDelete) => Ok(()),
+        }
     }
 
     /// Takes what came from a neighbour, which has checked it.

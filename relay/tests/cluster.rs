@@ -5,12 +5,13 @@
 mod nats;
 mod support;
 
+use std::path::Path;
 use std::time::Duration;
 
 use nats::Nats;
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
-use relay::{Config, Server};
+use relay::{Config, Server, StoreConfig};
 use serde_json::{Value, json};
 use service::{Cluster, ClusterConfig, ClusterLogin, State};
 use support::{Client, PATIENCE, event};
@@ -18,14 +19,20 @@ use support::{Client, PATIENCE, event};
 const KIND: u16 = 22_718;
 
 async fn relay(nats: &Nats) -> (Server, Cluster) {
+    relay_that_stores(nats, None).await
+}
+
+async fn relay_that_stores(nats: &Nats, folder: Option<&Path>) -> (Server, Cluster) {
     let config = ClusterConfig {
         servers: vec![format!("nats://{}", nats.address()).parse().unwrap()],
         name: "test".into(),
         login: ClusterLogin::Anonymous,
         ca: None,
+        replicas: 1,
     };
     let cluster = Cluster::connect(config).await.unwrap();
-    let config = Config { cluster: Some(cluster.clone()), ..Config::at("127.0.0.1:0".parse().unwrap()) };
+    let store = folder.map(|folder| StoreConfig { folder: folder.to_owned(), max_bytes: 64 << 20 });
+    let config = Config { store, cluster: Some(cluster.clone()), ..Config::at("127.0.0.1:0".parse().unwrap()) };
     let server = Server::bind(config).await.unwrap();
     until("NATS is connected", || cluster.is_connected()).await;
     (server, cluster)
@@ -187,6 +194,96 @@ async fn the_answer_to_a_dial_is_seen_from_where_it_was_made() {
     };
     assert_eq!((answers(&here), answers(&there)), (1, 0));
     for server in [here, there] {
+        server.shutdown().await;
+    }
+}
+
+async fn stored(client: &mut Client) -> Vec<String> {
+    client.say(json!(["REQ", "stored", { "kinds": [1, 30_000] }])).await;
+    let mut contents = Vec::new();
+    loop {
+        let message = client.hear().await;
+        match message[0].as_str() {
+            Some("EVENT") if message[1] == "stored" => {
+                contents.push(message[2]["content"].as_str().unwrap().to_owned());
+            }
+            Some("EOSE") => break,
+            other => panic!("{other:?}"),
+        }
+    }
+    client.say(json!(["CLOSE", "stored"])).await;
+    contents.sort();
+    contents
+}
+
+async fn until_stored(client: &mut Client, expected: &[&str]) {
+    let waited = tokio::time::timeout(PATIENCE, async {
+        while stored(client).await != expected {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    assert!(waited.await.is_ok(), "{expected:?} are not all there");
+}
+
+async fn publish(client: &mut Client, event: &Value) {
+    client.say(json!(["EVENT", event])).await;
+    assert_eq!(client.hear().await, json!(["OK", event["id"], true, ""]));
+}
+
+#[tokio::test]
+async fn stored_events_reach_every_relay_also_those_that_were_away() {
+    let mut nats = Nats::with_streams();
+    let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let (here, _) = relay_that_stores(&nats, Some(folders[0].path())).await;
+    let (there, _) = relay_that_stores(&nats, Some(folders[1].path())).await;
+    let (mut author, mut reader) = (Client::connect(&here).await, Client::connect(&there).await);
+    let keys = Keys::generate();
+    let replaceable = |at: u64, content: &str| {
+        let builder = EventBuilder::new(Kind::from(30_000), content).tag(Tag::parse(["d", "same"]).unwrap());
+        let event = builder.custom_created_at(at.into()).finalize(&keys).unwrap();
+        serde_json::to_value(event).unwrap()
+    };
+    reader.subscribe("live", json!({ "kinds": [1] })).await;
+    let first = event(1, "topic", "first");
+    publish(&mut author, &first).await;
+    assert_eq!(reader.hear().await, json!(["EVENT", "live", first]), "who listens hears it");
+    reader.say(json!(["CLOSE", "live"])).await;
+    publish(&mut author, &replaceable(1_000, "old")).await;
+    publish(&mut author, &replaceable(2_000, "new")).await;
+    until_stored(&mut reader, &["first", "new"]).await;
+
+    // While NATS is away, both take events, and are started again.
+    nats.kill();
+    publish(&mut author, &event(1, "topic", "from here")).await;
+    publish(&mut reader, &event(1, "topic", "from there")).await;
+    there.shutdown().await;
+    here.shutdown().await;
+    nats.resume();
+    let (here, _) = relay_that_stores(&nats, Some(folders[0].path())).await;
+    let (there, _) = relay_that_stores(&nats, Some(folders[1].path())).await;
+    let (late, _) = relay_that_stores(&nats, Some(folders[2].path())).await;
+    let all = ["first", "from here", "from there", "new"];
+    for server in [&here, &there, &late] {
+        until_stored(&mut Client::connect(server).await, &all).await;
+    }
+    until("nothing waits", || {
+        metric(&here, "homeport_relay_cluster_waiting_bytes", "")
+            + metric(&there, "homeport_relay_cluster_waiting_bytes", "")
+            == 0.0
+    })
+    .await;
+
+    // What an author deletes is gone everywhere.
+    let mut author = Client::connect(&late).await;
+    let deleted = EventBuilder::new(Kind::from(5), "")
+        .tag(Tag::parse(["a", &format!("30000:{}:same", keys.public_key())]).unwrap())
+        .finalize(&keys)
+        .unwrap();
+    publish(&mut author, &serde_json::to_value(deleted).unwrap()).await;
+    for server in [&here, &there, &late] {
+        until_stored(&mut Client::connect(server).await, &["first", "from here", "from there"]).await;
+    }
+    for server in [here, there, late] {
         server.shutdown().await;
     }
 }

@@ -8,9 +8,11 @@
 mod answer;
 mod compaction;
 mod edits;
+mod entry;
 mod graph;
 mod merging;
 mod reader;
+mod replication;
 mod room_rows;
 pub(crate) mod schema;
 mod verifier;
@@ -39,9 +41,11 @@ use crate::server::RoomConfig;
 use crate::time_of_day;
 pub(crate) use compaction::make_shadow;
 pub(crate) use compaction::replay;
+pub(crate) use entry::LogEntry;
 pub(crate) use graph::{RoomGraph, RoomState, read_node, unsigned};
 pub(crate) use merging::timestamp_of;
 use reader::Reader;
+pub(crate) use replication::{Position, Rebuild, Shipping};
 pub(crate) use room_rows::save as save_room;
 use schema::ArchiveFile;
 pub use schema::OpenError;
@@ -86,11 +90,20 @@ pub(crate) struct ArchiveConfig {
     pub(crate) keep: Option<Duration>,
     /// Who signs what the archive answers.
     pub(crate) identity: Option<Arc<Identity>>,
+    /// The cluster that rooms are shared with; `None`: they are this archive's alone.
+    pub(crate) shipping: Option<Shipping>,
 }
 
 /// Where a room stands in the archive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct RoomKey(i64);
+
+impl RoomKey {
+    /// The row of the room.
+    fn row(self) -> i64 {
+        self.0
+    }
+}
 
 /// Who asks the archive; it only passes that back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -140,6 +153,20 @@ enum Request {
     Import { room: RoomKey, nodes: Vec<Node>, removals: Vec<Removal>, wall_ms: u64, respond: Respond<Imported> },
     /// Give and take roles by the room's rules.
     Govern { room: RoomKey, wall_ms: u64 },
+    /// A room of the cluster is ours to write to, from where its stream ends.
+    Hold { room: RoomKey, respond: Respond },
+    /// It is no longer: what was not written to its stream by now never will be.
+    Release { room: RoomKey, respond: Respond },
+    /// Say where a room stands in its stream.
+    Position { room: RoomKey, respond: Respond<Position> },
+    /// The room is the one of a stream that is still empty.
+    Adopt { room: RoomKey, stream: i64, respond: Respond },
+    /// Take over what another instance has put into the room's stream.
+    TakeOver { room: RoomKey, entries: Vec<LogEntry>, message: u64, respond: Respond },
+    /// Give all that there is of a room to another name.
+    SetAside { room: RoomKey, name: String, respond: Respond },
+    /// Make the room anew.
+    Rebuild { room: RoomKey, step: Rebuild, respond: Respond },
 }
 
 /// A peer's `sync`, or what takes its place.
@@ -178,6 +205,8 @@ pub(crate) enum Reply {
     Wrote { room: RoomKey, message: Message },
     /// Messages of a room were dropped while the disk refused: ask its peers for everything.
     Missed { room: RoomKey },
+    /// A room of the cluster is ours to write to.
+    Held { room: RoomKey, latest: Option<Hlc>, respond: Respond },
     /// A room's row is there.
     Opened { config: RoomConfig, opened: OpenRoom, added: Source, respond: Respond },
 }
@@ -189,6 +218,8 @@ pub(crate) struct OpenRoom {
     /// The id that the seed's ids in the room are made from.
     pub(crate) peer: PeerId,
     pub(crate) latest: Option<Hlc>,
+    /// Operations in its log.
+    pub(crate) operations: u64,
     /// Whether the seed stays out of it for now.
     pub(crate) paused: bool,
 }
@@ -238,6 +269,21 @@ impl Opened {
         Ok(room)
     }
 
+    /// The room called `name`, created when it is new, otherwise as it is.
+    pub(crate) fn known(&mut self, name: &str) -> rusqlite::Result<RoomKey> {
+        let key = match room_rows::find(&self.file.connection, name)? {
+            Some(key) => key,
+            None => room_rows::open(&self.file.connection, &RoomConfig::named(name), Source::Settings)?.key,
+        };
+        self.rooms.insert(key, (name.to_owned(), None));
+        Ok(key)
+    }
+
+    /// The names of all rooms.
+    pub(crate) fn names(&self) -> rusqlite::Result<Vec<String>> {
+        room_rows::names(&self.file.connection)
+    }
+
     /// The rooms that were added while the seed ran.
     pub(crate) fn added(&self) -> rusqlite::Result<Vec<RoomConfig>> {
         room_rows::added(&self.file.connection)
@@ -283,6 +329,21 @@ impl Archive {
                 Err(error) => tracing::error!(%error, "no thread to check signatures"),
             }
         }
+    }
+
+    /// A handle for what the cluster asks for. The archive ends once all of them are gone.
+    pub(crate) fn client(&self) -> ArchiveClient {
+        ArchiveClient { requests: self.requests.clone() }
+    }
+
+    /// A room of the cluster is ours to write to; [`Reply::Held`] follows, unless it cannot be.
+    pub(crate) fn hold_room(&self, room: RoomKey, respond: Respond) {
+        self.ask(Request::Hold { room, respond });
+    }
+
+    /// A room of the cluster is no longer ours to write to.
+    pub(crate) fn release_room(&self, room: RoomKey, respond: Respond) {
+        self.ask(Request::Release { room, respond });
     }
 
     /// Hands over what a peer sent, to be merged. Returns whether there was room for it; if not, the archive will
@@ -369,11 +430,20 @@ impl Archive {
             let busy = RoomError::Archive("it is too busy".into());
             // Who asked may have given up waiting.
             match request {
-                Request::Open { respond, .. } | Request::Pause { respond, .. } | Request::Forget { respond, .. } => {
+                Request::Open { respond, .. }
+                | Request::Pause { respond, .. }
+                | Request::Forget { respond, .. }
+                | Request::Hold { respond, .. }
+                | Request::Release { respond, .. }
+                | Request::Adopt { respond, .. }
+                | Request::TakeOver { respond, .. }
+                | Request::SetAside { respond, .. }
+                | Request::Rebuild { respond, .. } => {
                     let _ = respond.send(Err(busy));
                 }
                 Request::Edit { respond, .. } => drop(respond.send(Err(busy))),
                 Request::Import { respond, .. } => drop(respond.send(Err(busy))),
+                Request::Position { respond, .. } => drop(respond.send(Err(busy))),
                 Request::Govern { .. } => tracing::debug!("the archive is too busy for a room's rules"),
                 Request::Merge { .. } | Request::Answer(_) => {}
             }
@@ -389,6 +459,45 @@ impl Archive {
         if self.thread.join().is_err() {
             tracing::error!("the archive's thread had panicked");
         }
+    }
+}
+
+/// What asks the archive on behalf of the cluster, and waits for it.
+#[derive(Debug, Clone)]
+pub(crate) struct ArchiveClient {
+    requests: SyncSender<Request>,
+}
+
+impl ArchiveClient {
+    async fn ask<T>(&self, request: impl FnOnce(Respond<T>) -> Request) -> Result<T, RoomError> {
+        let (respond, response) = tokio::sync::oneshot::channel();
+        let (requests, request) = (self.requests.clone(), request(respond));
+        // Where the queue is full, it waits.
+        let sent = tokio::task::spawn_blocking(move || requests.send(request).is_ok()).await;
+        if !sent.unwrap_or(false) {
+            return Err(RoomError::Gone);
+        }
+        response.await.map_err(|_| RoomError::Gone)?
+    }
+
+    pub(crate) async fn position(&self, room: RoomKey) -> Result<Position, RoomError> {
+        self.ask(|respond| Request::Position { room, respond }).await
+    }
+
+    pub(crate) async fn adopt(&self, room: RoomKey, stream: i64) -> Result<(), RoomError> {
+        self.ask(|respond| Request::Adopt { room, stream, respond }).await
+    }
+
+    pub(crate) async fn take_over(&self, room: RoomKey, entries: Vec<LogEntry>, message: u64) -> Result<(), RoomError> {
+        self.ask(|respond| Request::TakeOver { room, entries, message, respond }).await
+    }
+
+    pub(crate) async fn set_aside(&self, room: RoomKey, name: String) -> Result<(), RoomError> {
+        self.ask(|respond| Request::SetAside { room, name, respond }).await
+    }
+
+    pub(crate) async fn rebuild(&self, room: RoomKey, step: Rebuild) -> Result<(), RoomError> {
+        self.ask(|respond| Request::Rebuild { room, step, respond }).await
     }
 }
 

@@ -23,11 +23,14 @@ use object_store::path::Path as Location;
 use object_store::{ObjectStore, ObjectStoreExt as _, PutPayload};
 
 use manifest::Manifest;
+pub(crate) use manifest::Room;
 pub use manifest::{Kind, ManifestError};
 pub use restore::Restored;
+pub(crate) use restore::RoomBeing;
 pub use schedule::BackupConfig;
 pub(crate) use schedule::BackupSchedule;
-use segment::{Segment, Source, sha256};
+use segment::Reusable;
+pub(crate) use segment::{Segment, Source, sha256};
 pub use target::{BackupTarget, S3Settings, TargetError};
 
 /// A segment that no manifest names is left alone for so long: somebody may be writing one that does.
@@ -175,37 +178,8 @@ impl Backups {
                 held.get(&segment.sha256).is_some_and(|bytes| *bytes == segment.bytes)
             })?;
             report.reused_segments += reused.log.len() + reused.snapshot.as_ref().map_or(0, Vec::len);
-            let mut next = reused.log.last().map_or(room.log_from, |last| last.last + 1);
-            room.log = reused.log;
-            room.snapshot = match reused.snapshot {
-                Some(segments) => segments,
-                None => {
-                    let mut segments = Vec::new();
-                    let mut after = None;
-                    loop {
-                        let id = room.snapshot_id;
-                        let (returned, portion) =
-                            blocking(move || source.snapshot_segment(id, after).map(|portion| (source, portion)))
-                                .await?;
-                        source = returned;
-                        let Some((segment, content, last)) = portion else { break };
-                        self.put_segment(&segment, content, &mut report).await?;
-                        segments.push(segment);
-                        after = Some(last);
-                    }
-                    segments
-                }
-            };
-            loop {
-                let id = room.id;
-                let (returned, portion) =
-                    blocking(move || source.log_segment(id, next).map(|portion| (source, portion))).await?;
-                source = returned;
-                let Some((segment, content)) = portion else { break };
-                self.put_segment(&segment, content, &mut report).await?;
-                next = segment.last + 1;
-                room.log.push(segment);
-            }
+            let mut sink = Target { backups: self, report: &mut report };
+            source = read_room(source, &mut room, reused, &mut sink).await?;
             report.rooms += 1;
             report.operations += room.operations();
             manifest.rooms.push(room);
@@ -215,15 +189,6 @@ impl Backups {
         let location = self.manifest_at(&report.id);
         self.put(&location, text.into_bytes(), &mut report).await?;
         Ok(report)
-    }
-
-    async fn put_segment(
-        &self,
-        segment: &Segment,
-        content: Vec<u8>,
-        report: &mut BackupReport,
-    ) -> Result<(), BackupError> {
-        self.put(&self.segment_at(&segment.sha256), content, report).await
     }
 
     /// Writes an object, and reads it back.
@@ -344,6 +309,64 @@ impl Backups {
         }
         Ok(pruned)
     }
+}
+
+/// Where the segments of a room go.
+pub(crate) trait SegmentSink: Send {
+    /// Takes a segment that was not there yet.
+    fn put(&mut self, segment: &Segment, content: Vec<u8>) -> impl Future<Output = Result<(), BackupError>> + Send;
+}
+
+/// The place of backups.
+struct Target<'a> {
+    backups: &'a Backups,
+    report: &'a mut BackupReport,
+}
+
+impl SegmentSink for Target<'_> {
+    async fn put(&mut self, segment: &Segment, content: Vec<u8>) -> Result<(), BackupError> {
+        self.backups.put(&self.backups.segment_at(&segment.sha256), content, self.report).await
+    }
+}
+
+/// Reads a room, all but what is `reused`, segment by segment.
+pub(crate) async fn read_room(
+    mut source: Source,
+    room: &mut Room,
+    reused: Reusable,
+    sink: &mut impl SegmentSink,
+) -> Result<Source, BackupError> {
+    let mut next = reused.log.last().map_or(room.log_from, |last| last.last + 1);
+    room.log = reused.log;
+    room.snapshot = match reused.snapshot {
+        Some(segments) => segments,
+        None => {
+            let mut segments = Vec::new();
+            let mut after = None;
+            loop {
+                let id = room.snapshot_id;
+                let (returned, portion) =
+                    blocking(move || source.snapshot_segment(id, after).map(|portion| (source, portion))).await?;
+                source = returned;
+                let Some((segment, content, last)) = portion else { break };
+                sink.put(&segment, content).await?;
+                segments.push(segment);
+                after = Some(last);
+            }
+            segments
+        }
+    };
+    loop {
+        let id = room.id;
+        let (returned, portion) =
+            blocking(move || source.log_segment(id, next).map(|portion| (source, portion))).await?;
+        source = returned;
+        let Some((segment, content)) = portion else { break };
+        sink.put(&segment, content).await?;
+        next = segment.last + 1;
+        room.log.push(segment);
+    }
+    Ok(source)
 }
 
 /// Does something that blocks on a thread for that.

@@ -6,6 +6,7 @@ mod archive;
 mod backup;
 mod cells;
 mod check;
+mod cluster;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod history;
@@ -32,6 +33,7 @@ pub use backup::{
 };
 pub use cells::{Bridge, CellsConfig};
 pub use check::CheckRoom;
+pub use cluster::{LEASES, SNAPSHOTS, SharedRooms, Transfer, TransferError, fetch_rooms, found_rooms};
 pub use history::{
     Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,
     RoomIntegrity, Verification, check_archive, diff, restoration,

@@ -15,12 +15,13 @@ use std::time::{Duration, Instant};
 use genosdb::signature::Identity;
 use genosdb::{ChannelName, Limits, Message, PeerId, Signal};
 use str0m::config::DtlsCert;
-use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
+use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::Addresses;
 use crate::archive::{Archive, Reply};
 use crate::check::CheckRoom;
+use crate::cluster::{KeeperCommand, Tenure};
 use crate::link::{CloseReason, LinkOutput, Refused, Step};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
@@ -83,12 +84,29 @@ pub(crate) struct Mesh {
     pub(crate) operations_per_second: u32,
     /// Whether what one peer writes is sent to the others of a full mesh.
     pub(crate) pass_on: bool,
+    /// The cluster that rooms are shared with.
+    pub(crate) shared: Option<Shared>,
     /// Where links are tried.
     pub(crate) check_room: Option<CheckRoom>,
     pub(crate) signalling: Signalling,
     pub(crate) archive: Archive,
     pub(crate) metrics: Metrics,
     pub(crate) state: State,
+}
+
+/// The cluster that rooms are shared with, as the mesh needs it.
+pub(crate) struct Shared {
+    /// Until when what we hold is ours.
+    pub(crate) tenure: Tenure,
+    /// Who keeps the leases.
+    pub(crate) keeper: UnboundedSender<KeeperCommand>,
+}
+
+impl Shared {
+    fn tell(&self, command: KeeperCommand) {
+        // At shutdown nobody keeps the leases any more.
+        let _ = self.keeper.send(command);
+    }
 }
 
 /// What a mesh learns while it runs.
@@ -129,6 +147,7 @@ impl Mesh {
                         tracing::warn!(%error, "the socket for links is not readable");
                     }
                     let now = Instant::now();
+                    self.end_tenure(now);
                     for _ in 0..BATCHES_IN_A_ROW {
                         if !self.links.receive(now, &mut self.state.events) {
                             break;
@@ -136,8 +155,14 @@ impl Mesh {
                     }
                     self.handle_events(now);
                 }
-                Some(reply) = replies.recv() => self.handle_reply(reply),
-                Some(heard) = heard.recv() => self.handle_heard(heard),
+                Some(reply) = replies.recv() => {
+                    self.end_tenure(Instant::now());
+                    self.handle_reply(reply);
+                }
+                Some(heard) = heard.recv() => {
+                    self.end_tenure(Instant::now());
+                    self.handle_heard(heard);
+                }
                 Some(command) = commands.recv() => self.handle_command(command),
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
@@ -153,6 +178,7 @@ impl Mesh {
     }
 
     fn handle_time(&mut self, now: Instant) {
+        self.end_tenure(now);
         self.links.handle_timeouts(now, &mut self.state.events);
         self.end_checks(now);
         self.handle_events(now);

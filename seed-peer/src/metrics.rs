@@ -33,6 +33,9 @@ pub(crate) struct Metrics {
     pub(crate) logged: IntGaugeVec,
     pub(crate) archive_commit_seconds: Histogram,
     pub(crate) archive_failures: IntCounter,
+    pub(crate) cluster_rooms: IntGaugeVec,
+    pub(crate) cluster_instances: IntGauge,
+    pub(crate) cluster_acknowledge_seconds: Histogram,
     pub(crate) compacted: IntCounter,
     pub(crate) backups: IntCounterVec,
     pub(crate) backup_time: IntGauge,
@@ -58,6 +61,13 @@ impl Metrics {
             Ok::<_, prometheus::Error>(vector)
         };
         let gauges = |name: &str, help: &str| add(registry, IntGaugeVec::new(Opts::new(name, help), &["room"])?);
+        let labelled_gauges = |name: &str, help: &str, label: &str, values: &[&str]| {
+            let vector = add(registry, IntGaugeVec::new(Opts::new(name, help), &[label])?)?;
+            for value in values {
+                vector.with_label_values(&[value]);
+            }
+            Ok::<_, prometheus::Error>(vector)
+        };
         let directions = &["in", "out"];
         Ok(Self {
             links: gauges("homeport_seed_links", "Open links to peers, by room.")?,
@@ -193,6 +203,29 @@ impl Metrics {
             archive_failures: add(
                 registry,
                 IntCounter::new("homeport_seed_archive_failures_total", "Commits that the disk refused.")?,
+            )?,
+            cluster_rooms: labelled_gauges(
+                "homeport_seed_cluster_rooms",
+                "Rooms of the cluster, by what this machine does with them.",
+                "state",
+                &["held", "followed"],
+            )?,
+            cluster_instances: add(
+                registry,
+                IntGauge::new(
+                    "homeport_seed_cluster_instances",
+                    "Seeds of the cluster that are alive, as far as this one sees.",
+                )?,
+            )?,
+            cluster_acknowledge_seconds: add(
+                registry,
+                Histogram::with_opts(
+                    HistogramOpts::new(
+                        "homeport_seed_cluster_acknowledge_seconds",
+                        "Time until the streams of rooms have acknowledged a group of operations.",
+                    )
+                    .buckets(vec![0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5]),
+                )?,
             )?,
             compacted: add(
                 registry,

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::archive::{Edit, Imported, Written};
+use crate::cluster::KeeperCommand;
 use crate::server::RoomConfig;
 
 /// Where a room comes from.
@@ -26,6 +27,12 @@ pub struct RoomStatus {
     pub source: Source,
     /// Whether the seed stays out of it for now.
     pub paused: bool,
+    /// The machine of the cluster that holds it; absent when nobody does, and without a cluster.
+    #[serde(default)]
+    pub held_by: Option<String>,
+    /// Whether this machine is not in it because it is for another machine of the cluster.
+    #[serde(default)]
+    pub elsewhere: bool,
     /// Peers that are present, without the seed.
     pub peers: usize,
     /// Open links, over both rooms of the database.
@@ -67,6 +74,12 @@ pub enum RoomError {
     /// The seed itself may not, or cannot, write that.
     #[error("{0}")]
     NotWritten(String),
+    /// Another machine of the cluster holds the room, or nobody does.
+    #[error("another machine of the cluster holds the room: ask there (homeport rooms list says which)")]
+    Elsewhere,
+    /// The room cannot be moved there.
+    #[error("the room cannot be moved: {0}")]
+    NotMoved(String),
     /// The archive does not take it.
     #[error("the archive does not take it: {0}")]
     Archive(String),
@@ -80,24 +93,60 @@ pub(crate) type Respond<T = ()> = oneshot::Sender<Result<T, RoomError>>;
 
 #[derive(Debug)]
 pub(crate) enum Command {
-    List { respond: oneshot::Sender<Vec<RoomStatus>> },
-    Add { config: RoomConfig, respond: Respond },
-    Pause { name: String, paused: bool, respond: Respond },
-    Remove { name: String, respond: Respond },
-    Edit { name: String, edits: Vec<Edit>, respond: Respond<Written> },
-    Import { name: String, nodes: Vec<Node>, removals: Vec<Removal>, respond: Respond<Imported> },
-    Tell { name: String, respond: Respond },
+    List {
+        respond: oneshot::Sender<Vec<RoomStatus>>,
+    },
+    Add {
+        config: RoomConfig,
+        respond: Respond,
+    },
+    Pause {
+        name: String,
+        paused: bool,
+        respond: Respond,
+    },
+    Remove {
+        name: String,
+        respond: Respond,
+    },
+    Edit {
+        name: String,
+        edits: Vec<Edit>,
+        respond: Respond<Written>,
+    },
+    Import {
+        name: String,
+        nodes: Vec<Node>,
+        removals: Vec<Removal>,
+        respond: Respond<Imported>,
+    },
+    Tell {
+        name: String,
+        respond: Respond,
+    },
+    /// A room of the cluster is this machine's: be in it.
+    Hold {
+        name: String,
+        respond: Respond,
+    },
+    /// It no longer is.
+    Release {
+        name: String,
+        respond: Respond,
+    },
 }
 
 /// A handle on the rooms of a running seed.
 #[derive(Debug, Clone)]
 pub struct Rooms {
     commands: mpsc::Sender<Command>,
+    /// Who keeps the leases of a cluster.
+    keeper: Option<mpsc::UnboundedSender<KeeperCommand>>,
 }
 
 impl Rooms {
-    pub(crate) fn new(commands: mpsc::Sender<Command>) -> Self {
-        Self { commands }
+    pub(crate) fn new(commands: mpsc::Sender<Command>, keeper: Option<mpsc::UnboundedSender<KeeperCommand>>) -> Self {
+        Self { commands, keeper }
     }
 
     /// The rooms as they are, ordered by name.
@@ -107,7 +156,43 @@ impl Rooms {
     pub async fn list(&self) -> Result<Vec<RoomStatus>, RoomError> {
         let (respond, response) = oneshot::channel();
         self.commands.send(Command::List { respond }).await.map_err(|_| RoomError::Gone)?;
-        response.await.map_err(|_| RoomError::Gone)
+        let mut rooms = response.await.map_err(|_| RoomError::Gone)?;
+        if let Some(keeper) = &self.keeper {
+            let (respond, response) = oneshot::channel();
+            keeper.send(KeeperCommand::Overview { respond }).map_err(|_| RoomError::Gone)?;
+            let mut holders = response.await.map_err(|_| RoomError::Gone)?;
+            for room in &mut rooms {
+                room.held_by = holders.remove(&room.name).flatten();
+            }
+        }
+        Ok(rooms)
+    }
+
+    /// Has a room of the cluster held by the machine called `instance`, as long as that is there; by any without it.
+    ///
+    /// # Errors
+    /// See [`Rooms::add`].
+    pub async fn move_to(&self, name: &str, instance: Option<&str>) -> Result<(), RoomError> {
+        let Some(keeper) = &self.keeper else {
+            return Err(RoomError::NotMoved("this machine is in no cluster (setting cluster.nats)".into()));
+        };
+        if !self.list().await?.iter().any(|room| room.name == name) {
+            return Err(RoomError::Unknown);
+        }
+        let (respond, response) = oneshot::channel();
+        let (name, instance) = (name.to_owned(), instance.map(str::to_owned));
+        keeper.send(KeeperCommand::Move { name, instance, respond }).map_err(|_| RoomError::Gone)?;
+        response.await.map_err(|_| RoomError::Gone)?
+    }
+
+    /// Enters a room of the cluster.
+    pub(crate) async fn hold(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Hold { name: name.into(), respond }).await
+    }
+
+    /// Leaves a room of the cluster.
+    pub(crate) async fn release(&self, name: &str) -> Result<(), RoomError> {
+        self.ask(|respond| Command::Release { name: name.into(), respond }).await
     }
 
     /// Joins a room, now and after restarts.

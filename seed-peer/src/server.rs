@@ -15,12 +15,13 @@ use tokio_tungstenite::Connector;
 use tokio_util::sync::CancellationToken;
 
 use crate::addresses::{Addresses, ExternalAddress};
-use crate::archive::{Archive, ArchiveConfig, Bounds, OpenError, Opened};
+use crate::archive::{Archive, ArchiveConfig, Bounds, OpenError, Opened, Shipping};
 use crate::backup::{BackupConfig, BackupSchedule, TargetError};
 use crate::cells::CellsConfig;
 use crate::check::CheckRoom;
+use crate::cluster::{Keeper, SharedRooms, Tenure};
 use crate::links::{LinkSocket, Links};
-use crate::mesh::{Mesh, State};
+use crate::mesh::{Mesh, Shared, State};
 use crate::metrics::Metrics;
 use crate::relay_key::RelayKey;
 use crate::rooms::{Rooms, Source};
@@ -94,6 +95,8 @@ pub struct Config {
     pub max_links: usize,
     /// When and where to back the archive up.
     pub backup: Option<BackupConfig>,
+    /// The other instances that the rooms are shared with; `None`: this one is in all of them.
+    pub shared: Option<SharedRooms>,
 }
 
 /// The seed peer could not be started.
@@ -133,6 +136,9 @@ pub struct Server {
     stop: CancellationToken,
     /// `None` once it has ended.
     mesh: Option<JoinHandle<Archive>>,
+    /// Has the keeper of leases give everything back.
+    retire: CancellationToken,
+    keeper: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -182,12 +188,24 @@ impl Server {
             rooms.push((opened.room(&room, Source::Added)?, room, Source::Added));
         }
         let archive = opened.start(
-            ArchiveConfig { bounds: config.bounds, keep: config.keep, identity: config.identity.clone() },
+            ArchiveConfig {
+                bounds: config.bounds,
+                keep: config.keep,
+                identity: config.identity.clone(),
+                shipping: config
+                    .shared
+                    .as_ref()
+                    .map(|shared| Shipping::new(tokio::runtime::Handle::current(), shared.cluster.clone())),
+            },
             reply_sender,
             metrics.clone(),
             telemetry.health.clone(),
         )?;
+        let tenure = Tenure::default();
+        let (keeper, leases) = mpsc::unbounded_channel();
+        let is_shared = config.shared.is_some();
         let mut mesh = Mesh {
+            shared: is_shared.then(|| Shared { tenure: tenure.clone(), keeper: keeper.clone() }),
             links: Links::new(socket, metrics.clone()),
             addresses: Addresses { listen: address, external: config.external },
             certificate,
@@ -203,7 +221,7 @@ impl Server {
             check_room: config.check_room.as_deref().map(CheckRoom::new),
             signalling,
             archive,
-            metrics,
+            metrics: metrics.clone(),
             state: State::default(),
         };
         let now = Instant::now();
@@ -214,12 +232,26 @@ impl Server {
             mesh.signalling.listen_for_checks(room.root_topic());
         }
         let (commands, wishes) = mpsc::channel(COMMAND_QUEUE);
+        let rooms = Rooms::new(commands, is_shared.then_some(keeper));
         let stop = CancellationToken::new();
+        let retire = CancellationToken::new();
+        let keeper = config.shared.map(|shared| {
+            let keeper = Keeper {
+                shared,
+                archive: mesh.archive.client(),
+                rooms: rooms.clone(),
+                data: config.data,
+                tenure,
+                health: telemetry.health.clone(),
+                metrics,
+            };
+            tokio::spawn(keeper.run(leases, retire.clone()))
+        });
         if let Some(backup) = backup {
             tokio::spawn(backup.run(stop.clone()));
         }
         let mesh = Some(tokio::spawn(mesh.run(heard, replies, wishes, stop.clone())));
-        Ok(Self { address, telemetry, rooms: Rooms::new(commands), stop, mesh })
+        Ok(Self { address, telemetry, rooms, stop, mesh, retire, keeper })
     }
 
     /// The UDP address of links, with the port that the system chose when it was 0.
@@ -250,8 +282,23 @@ impl Server {
         }
     }
 
-    /// Says goodbye to every room, commits what was accepted, and ends within about two seconds.
+    /// Ends as a machine does whose power fails: nobody is told anything. For tests.
+    #[doc(hidden)]
+    pub fn kill(self) {
+        self.keeper.iter().for_each(JoinHandle::abort);
+        self.mesh.iter().for_each(JoinHandle::abort);
+    }
+
+    /// Says goodbye to every room, commits what was accepted, and ends within about two seconds; in a cluster that is out
+    /// of reach, within six.
     pub async fn shutdown(self) {
+        self.retire.cancel();
+        // Others take the rooms at once.
+        if let Some(keeper) = self.keeper
+            && let Err(error) = keeper.await
+        {
+            tracing::error!(%error, "the keeper of leases had ended early");
+        }
         self.stop.cancel();
         let Some(mesh) = self.mesh else { return };
         match mesh.await {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_nats::connection::State as Connection;
-use async_nats::{Client, ConnectOptions, Event, ServerAddr};
+use async_nats::{Client, ConnectOptions, Event, ServerAddr, jetstream};
 
 use crate::health::{Health, State};
 use crate::metrics::Telemetry;
@@ -16,6 +16,8 @@ pub const PART: &str = "cluster";
 const WAITING_COMMANDS: usize = 1_024;
 /// How long to wait before NATS is tried again, at most.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(2);
+/// How long an answer of JetStream is waited for.
+const TIMEOUT: Duration = Duration::from_secs(5);
 /// How often a connection that is quiet is tried.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -30,6 +32,8 @@ pub struct ClusterConfig {
     pub login: ClusterLogin,
     /// Certificates that sign those of the servers, beside the system's.
     pub ca: Option<PathBuf>,
+    /// On how many servers of NATS each thing is kept that is kept there: 1, 3 or 5.
+    pub replicas: usize,
 }
 
 impl fmt::Debug for ClusterConfig {
@@ -80,7 +84,9 @@ pub enum ClusterError {
 #[derive(Debug, Clone)]
 pub struct Cluster {
     client: Client,
+    jetstream: jetstream::Context,
     name: String,
+    replicas: usize,
     telemetry: Telemetry,
 }
 
@@ -125,12 +131,23 @@ impl Cluster {
             })
             .connect(config.servers)
             .await?;
-        Ok(Self { client, name: config.name, telemetry })
+        let jetstream = jetstream::ContextBuilder::new().timeout(TIMEOUT).ack_timeout(TIMEOUT).build(client.clone());
+        Ok(Self { client, jetstream, name: config.name, replicas: config.replicas, telemetry })
     }
 
     /// What speaks to NATS.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// What is kept at NATS: streams, buckets, objects.
+    pub fn jetstream(&self) -> &jetstream::Context {
+        &self.jetstream
+    }
+
+    /// On how many servers of NATS each thing is kept.
+    pub fn replicas(&self) -> usize {
+        self.replicas
     }
 
     /// What this machine is called among the others.

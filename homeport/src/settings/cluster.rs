@@ -28,6 +28,34 @@ pub(crate) struct ClusterSettings {
     credentials: Option<PathBuf>,
     /// The root of the servers' certificates, in PEM, if this machine does not know it.
     ca: Option<PathBuf>,
+    /// On how many servers of NATS each thing is kept that the machines share: 1, 3 or 5, and as many servers must be
+    /// there. With 3, one may die.
+    replicas: Replicas,
+    /// Whether the seeds of the cluster share their rooms: each room is then held by one of them at a time, and followed by
+    /// the others. Without that, each is in all of its rooms by itself.
+    rooms: Shares,
+}
+
+/// Whether rooms are shared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Shares(bool);
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self(true)
+    }
+}
+
+/// Copies of what is kept at NATS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+struct Replicas(usize);
+
+impl Default for Replicas {
+    fn default() -> Self {
+        Self(1)
+    }
 }
 
 impl fmt::Debug for ClusterSettings {
@@ -41,6 +69,11 @@ impl ClusterSettings {
     pub(super) fn holds_secrets(&self) -> bool {
         let in_address = self.nats.iter().flat_map(OneOrMany::as_slice).any(|address| address.contains('@'));
         in_address || self.password.is_some() || self.token.is_some()
+    }
+
+    /// Whether the seed shares its rooms with those of other machines.
+    pub(super) fn shares_rooms(&self) -> bool {
+        self.rooms.0
     }
 
     fn login(&self) -> Result<ClusterLogin, SettingsError> {
@@ -73,6 +106,10 @@ impl Settings {
             // What is wrong with an address may be its password.
             address.parse().map_err(|_| SettingsError::of("cluster.nats", "expected an address like nats://host:4222"))
         });
+        let Replicas(replicas) = settings.replicas;
+        if ![1, 3, 5].contains(&replicas) {
+            return Err(SettingsError::of("cluster.replicas", format_args!("{replicas} is none of 1, 3 and 5")));
+        }
         let name = settings.name.clone().or_else(host_name);
         let name =
             name.ok_or_else(|| SettingsError::of("cluster.name", "this machine has no host name: give it one"))?;
@@ -88,6 +125,7 @@ impl Settings {
             name,
             login: settings.login()?,
             ca: settings.ca.clone(),
+            replicas,
         }))
     }
 }

@@ -13,11 +13,12 @@ use genosdb::security::Policy;
 use genosdb::signature::{Address, Identity};
 use seed_peer::{
     BackupConfig, BackupTarget, Bounds, Bridge, CellsConfig, Config, ExternalAddress, RelayKey, RoomConfig, S3Settings,
-    Security,
+    Security, SharedRooms,
 };
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use service::Cluster;
 use service::settings::SettingsError;
 use turn_server::ExternalIp;
 use zeroize::Zeroizing;
@@ -449,7 +450,12 @@ impl SeedSettings {
 
 impl Settings {
     /// The seed's configuration, with `own_relay` in front of its relays.
-    pub(crate) async fn seed(&self, own_relay: Option<String>, relay_key: RelayKey) -> Result<Config, SettingsError> {
+    pub(crate) async fn seed(
+        &self,
+        own_relay: Option<String>,
+        relay_key: RelayKey,
+        cluster: Option<Cluster>,
+    ) -> Result<Config, SettingsError> {
         let external = match &self.seed.external_ip {
             Some(text) => text.parse().map_err(|error| SettingsError::of("seed.external_ip", error))?,
             // The seed's links have one address; of several, that of IPv4.
@@ -489,6 +495,7 @@ impl Settings {
             max_links: self.seed.max_links,
             check_room: Some(self.check_room()),
             backup: self.seed.backup()?,
+            shared: cluster.filter(|_| self.cluster.shares_rooms()).map(SharedRooms::over),
         })
     }
 }

@@ -10,13 +10,14 @@ pub(crate) struct Nats {
     route: u16,
     arguments: Vec<String>,
     child: Option<Child>,
+    /// Where it keeps streams, if it does.
+    _streams: Option<tempfile::TempDir>,
 }
 
 impl Nats {
     /// Starts a server, which joins those on `routes`.
     pub(crate) fn start(routes: &[&Nats]) -> Self {
-        let free = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
-        let (port, route) = (free(), free());
+        let (port, route) = (free_port(), free_port());
         let url = |port: u16| format!("nats://127.0.0.1:{port}");
         let mut arguments = vec!["--addr".to_owned(), "127.0.0.1".into(), "--port".into(), port.to_string()];
         arguments.extend(["--name".into(), format!("nats-{port}"), "--cluster_name".into(), "test".into()]);
@@ -25,7 +26,18 @@ impl Nats {
             let routes: Vec<String> = routes.iter().map(|other| url(other.route)).collect();
             arguments.extend(["--routes".into(), routes.join(",")]);
         }
-        let mut nats = Self { port, route, arguments, child: None };
+        let mut nats = Self { port, route, arguments, child: None, _streams: None };
+        nats.resume();
+        nats
+    }
+
+    /// Starts a server that is alone and keeps streams.
+    pub(crate) fn with_streams() -> Self {
+        let (port, streams) = (free_port(), tempfile::tempdir().unwrap());
+        let folder = streams.path().to_str().unwrap().to_owned();
+        let arguments = ["--addr", "127.0.0.1", "--port", &port.to_string(), "--jetstream", "--store_dir", &folder];
+        let arguments = arguments.map(str::to_owned).to_vec();
+        let mut nats = Self { port, route: 0, arguments, child: None, _streams: Some(streams) };
         nats.resume();
         nats
     }
@@ -57,6 +69,10 @@ impl Nats {
     pub(crate) fn address(&self) -> SocketAddr {
         SocketAddr::from((Ipv4Addr::LOCALHOST, self.port))
     }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
 impl Drop for Nats {

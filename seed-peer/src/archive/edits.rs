@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::graph::{RoomGraph, RoomState};
 use super::merging::Word;
+use super::replication::CommitError;
 use super::writer::Writer;
 use super::{Reply, RoomKey, room_rows};
 use crate::rooms::RoomError;
@@ -120,12 +121,15 @@ pub(super) enum WriteError {
     Sign(#[from] OperationError),
     #[error(transparent)]
     Archive(#[from] rusqlite::Error),
+    #[error(transparent)]
+    Cluster(#[from] CommitError),
 }
 
 impl From<WriteError> for RoomError {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Archive(error) => Self::Archive(error.to_string()),
+            WriteError::Cluster(error) => Self::Archive(error.to_string()),
             other => Self::NotWritten(other.to_string()),
         }
     }
@@ -211,6 +215,9 @@ impl Writer {
         let Some(security) = self.ruled.get(&room).cloned().filter(|security| !security.rules.is_empty()) else {
             return;
         };
+        if !self.may_write(room) {
+            return;
+        }
         let seen = self.rooms.get(&room).map(|state| state.seq);
         if !security.rules.wait() && seen.is_some() && self.governed.get(&room).copied() == seen {
             return;
@@ -263,12 +270,17 @@ impl Writer {
         room: RoomKey,
         work: impl FnOnce(&mut Self, &mut RoomState) -> Result<T, WriteError>,
     ) -> Result<T, WriteError> {
+        if !self.may_write(room) {
+            return Err(CommitError::NotHeld.into());
+        }
         self.file.connection.execute_batch("BEGIN IMMEDIATE")?;
         let done = room_rows::load(&self.file.connection, room).map_err(WriteError::from).and_then(|before| {
             let mut state = before.clone();
             let result = work(self, &mut state)?;
             room_rows::save(&self.file.connection, &state)?;
+            let shipped = self.ship(&[(room, before.seq)])?;
             self.file.connection.execute_batch("COMMIT")?;
+            self.shipped(shipped);
             Ok((result, before, state))
         });
         match done {
@@ -281,6 +293,11 @@ impl Writer {
             }
             Err(error) => {
                 self.roll_back();
+                if let WriteError::Cluster(CommitError::Behind(_)) = error
+                    && let Err(error) = self.catch_up(room)
+                {
+                    tracing::debug!(%error, "the room's stream cannot be read");
+                }
                 Err(error)
             }
         }

@@ -3,7 +3,7 @@
 use genosdb::signature::Address;
 use genosdb::{Hlc, PeerId};
 use rand::Rng as _;
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 use serde::{Deserialize, Serialize};
 
 use super::graph::{RoomState, signed, unsigned};
@@ -44,10 +44,13 @@ pub(super) fn open(connection: &Connection, config: &RoomConfig, source: Source)
          ON CONFLICT (name) DO UPDATE SET settings = ?3",
         params![config.name, new_peer_id().as_str(), settings],
     )?;
-    let (key, peer, latest, paused) = connection.query_row(
-        "SELECT id, peer_id, physical, logical, paused FROM room WHERE name = ?",
+    let (key, peer, latest, operations, paused) = connection.query_row(
+        "SELECT id, peer_id, physical, logical, seq, paused FROM room WHERE name = ?",
         [&config.name],
-        |row| Ok((row.get(0)?, row.get::<_, String>(1)?, timestamp(row.get(2)?, row.get(3)?), row.get(4)?)),
+        |row| {
+            let latest = timestamp(row.get(2)?, row.get(3)?);
+            Ok((row.get(0)?, row.get::<_, String>(1)?, latest, unsigned(row.get(4)?), row.get(5)?))
+        },
     )?;
     let key = RoomKey(key);
     let peer = match PeerId::parse(&peer) {
@@ -59,7 +62,19 @@ pub(super) fn open(connection: &Connection, config: &RoomConfig, source: Source)
             peer
         }
     };
-    Ok(OpenRoom { key, peer, latest, paused })
+    Ok(OpenRoom { key, peer, latest, operations, paused })
+}
+
+/// The row of the room called `name`, if there is one.
+pub(super) fn find(connection: &Connection, name: &str) -> rusqlite::Result<Option<RoomKey>> {
+    let row = "SELECT id FROM room WHERE name = ? AND snapshot_of IS NULL";
+    connection.query_row(row, [name], |row| Ok(RoomKey(row.get(0)?))).optional()
+}
+
+/// The names of all rooms.
+pub(super) fn names(connection: &Connection) -> rusqlite::Result<Vec<String>> {
+    let mut select = connection.prepare("SELECT name FROM room WHERE snapshot_of IS NULL ORDER BY name")?;
+    select.query_map([], |row| row.get(0))?.collect()
 }
 
 /// The rooms that were added while the seed ran.

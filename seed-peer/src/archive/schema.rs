@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags};
 const APPLICATION_ID: i32 = 0x486d_5074;
 
 /// The version of the tables below (`PRAGMA user_version`).
-const VERSION: i32 = 3;
+const VERSION: i32 = 4;
 
 /// Pages of the file that each connection keeps in memory, in KiB.
 const WRITER_CACHE_KIB: i64 = 6 * 1024;
@@ -69,6 +69,11 @@ CREATE TABLE tombstone (             -- when a node was last removed, also when 
     logical INTEGER NOT NULL,
     PRIMARY KEY (room, id)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE stream (                -- where a room that a cluster shares stands in its stream
+    room INTEGER PRIMARY KEY REFERENCES room,
+    made INTEGER NOT NULL,           -- when the stream was made, s since the epoch; 0: the room is being made anew from it
+    position INTEGER NOT NULL        -- its last message that is in the log
+) STRICT;
 ";
 
 /// From version 1, which knew neither bounds in bytes, nor rooms at run time, nor compaction.
@@ -86,6 +91,11 @@ UPDATE room SET bytes = (
 
 /// From version 2, which knew no addresses.
 const FROM_VERSION_2: &str = "ALTER TABLE log ADD COLUMN vouched TEXT;";
+
+/// From version 3, which knew no clusters.
+const FROM_VERSION_3: &str = "
+CREATE TABLE stream (room INTEGER PRIMARY KEY REFERENCES room, made INTEGER NOT NULL, position INTEGER NOT NULL) STRICT;
+";
 
 /// The archive cannot be opened. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -268,6 +278,9 @@ fn migrate(connection: &mut Connection) -> rusqlite::Result<()> {
     }
     if found < 3 {
         transaction.execute_batch(FROM_VERSION_2)?;
+    }
+    if found < 4 {
+        transaction.execute_batch(FROM_VERSION_3)?;
     }
     transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()

@@ -36,7 +36,11 @@ impl Fixture {
     }
 
     fn open_with(folder: &Path, bounds: Bounds, keep: Option<Duration>) -> Self {
-        Self::open_room(folder, &RoomConfig::named("my-app"), ArchiveConfig { bounds, keep, identity: None })
+        Self::open_room(
+            folder,
+            &RoomConfig::named("my-app"),
+            ArchiveConfig { bounds, keep, ..ArchiveConfig::default() },
+        )
     }
 
     fn open_room(folder: &Path, room: &RoomConfig, config: ArchiveConfig) -> Self {

@@ -13,8 +13,10 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::graph::{RoomState, signed};
 use super::reader::Reader;
+use super::replication::{CommitError, Shipping};
 use super::schema::ArchiveFile;
 use super::{ArchiveConfig, Asker, Checked, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
+use crate::backup::RoomBeing;
 use crate::links::LinkId;
 use crate::metrics::Metrics;
 use crate::notices::Notices;
@@ -52,19 +54,24 @@ pub(super) struct Writer {
     pub(super) refusals: Notices<(i64, &'static str)>,
     /// The log entry up to which each room's rules have seen everything.
     pub(super) governed: HashMap<RoomKey, u64>,
+    /// The cluster that rooms are shared with.
+    pub(super) shipping: Option<Shipping>,
+    /// Rooms that are being made anew from a snapshot.
+    pub(super) rebuilding: HashMap<RoomKey, RoomBeing>,
 }
 
 impl Writer {
     pub(super) fn new(
         file: ArchiveFile,
         reader: Reader,
-        config: ArchiveConfig,
+        mut config: ArchiveConfig,
         replies: UnboundedSender<Reply>,
         metrics: Metrics,
         health: Health,
         shared: Arc<Shared>,
     ) -> Self {
         health_ok(&health);
+        let shipping = config.shipping.take();
         Self {
             file,
             reader,
@@ -80,6 +87,8 @@ impl Writer {
             held: Vec::new(),
             refusals: Notices::default(),
             governed: HashMap::new(),
+            shipping,
+            rebuilding: HashMap::new(),
         }
     }
 
@@ -193,6 +202,7 @@ impl Writer {
             }
             Request::Govern { room, wall_ms } => self.govern(room, wall_ms),
             Request::Merge { .. } | Request::Answer(_) => {}
+            of_cluster => self.share(of_cluster),
         }
     }
 
@@ -207,10 +217,10 @@ impl Writer {
         let result = if all.iter().all(|request| matches!(request, Request::Answer(_))) {
             Ok(Committed::default())
         } else {
-            self.try_commit(&all)
+            self.commit_in_turn(&all)
         };
         match result {
-            Ok(Committed { rooms, replies }) => {
+            Ok(Committed { rooms, replies, .. }) => {
                 if !rooms.is_empty() {
                     self.metrics.archive_commit_seconds.observe(start.elapsed().as_secs_f64());
                 }
@@ -241,21 +251,40 @@ impl Writer {
         }
     }
 
+    /// Commits, and where another instance was faster, once more behind that.
+    fn commit_in_turn(&mut self, batch: &[Request]) -> Result<Committed, CommitError> {
+        let mut caught_up = HashSet::new();
+        loop {
+            match self.try_commit(batch) {
+                Err(CommitError::Behind(room)) if caught_up.insert(room) => self.catch_up(room)?,
+                result => return result,
+            }
+        }
+    }
+
     /// Merges inside one transaction; the replies are for after it.
-    fn try_commit(&mut self, batch: &[Request]) -> rusqlite::Result<Committed> {
+    fn try_commit(&mut self, batch: &[Request]) -> Result<Committed, CommitError> {
         self.file.connection.execute_batch("BEGIN IMMEDIATE")?;
         let mut committed = Committed::default();
-        let result = self.merge_all(batch, &mut committed).and_then(|()| {
+        let result = self.merge_all(batch, &mut committed).map_err(CommitError::from).and_then(|()| {
             for state in committed.rooms.values() {
                 room_rows::save(&self.file.connection, state)?;
             }
-            self.file.connection.execute_batch("COMMIT")
+            let logged = |room: &RoomKey| (*room, self.rooms.get(room).map_or(0, |before| before.seq));
+            let shipped = self.ship(&committed.rooms.keys().map(logged).collect::<Vec<_>>())?;
+            self.file.connection.execute_batch("COMMIT")?;
+            Ok(shipped)
         });
-        if let Err(error) = result {
-            self.roll_back();
-            return Err(error);
+        match result {
+            Ok(shipped) => {
+                self.shipped(shipped);
+                Ok(committed)
+            }
+            Err(error) => {
+                self.roll_back();
+                Err(error)
+            }
         }
-        Ok(committed)
     }
 
     /// Ends a transaction that has failed.
@@ -271,7 +300,7 @@ impl Writer {
     fn merge_all(&mut self, batch: &[Request], committed: &mut Committed) -> rusqlite::Result<()> {
         for (request, is_outdated) in batch.iter().zip(outdated_states(batch)) {
             let Request::Merge { room, asker, operations, wall_ms, .. } = request else { continue };
-            if is_outdated {
+            if is_outdated || !self.may_write(*room) {
                 continue;
             }
             let before = match committed.rooms.get(room).or_else(|| self.rooms.get(room)) {
@@ -311,7 +340,7 @@ impl Writer {
     }
 
     /// The disk refuses: keep what is to be written, answer what can be answered.
-    fn refused(&mut self, batch: Vec<Request>, error: &rusqlite::Error) {
+    fn refused(&mut self, batch: Vec<Request>, error: &CommitError) {
         let reason = format!("cannot write: {error}");
         if self.health.set("archive", State::Degraded(reason)) {
             tracing::error!(%error, "the archive cannot write; it keeps what it has and tries again every second");
@@ -362,6 +391,13 @@ impl Writer {
                 self.shared.queued_bytes.fetch_sub(*bytes, Ordering::Relaxed);
             }
         }
+    }
+
+    /// What waits to be written to a room is not ours to write any more: whoever holds it now has it from its peers.
+    pub(super) fn forget_held(&mut self, room: RoomKey) {
+        let of_room = |request: &mut Request| matches!(request, Request::Merge { room: other, .. } if *other == room);
+        let forgotten: Vec<Request> = self.held.extract_if(.., of_room).collect();
+        self.release(&forgotten);
     }
 
     fn report_missed(&self) {

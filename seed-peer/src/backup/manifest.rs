@@ -44,39 +44,39 @@ pub(super) struct Manifest {
 }
 
 /// A room in a backup.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Room {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Room {
     /// The row of the archive that it was read from.
     #[serde(skip)]
-    pub(super) id: i64,
+    pub(crate) id: i64,
     /// That of its snapshot.
     #[serde(skip)]
-    pub(super) snapshot_id: Option<i64>,
-    pub(super) name: String,
-    pub(super) peer_id: String,
+    pub(crate) snapshot_id: Option<i64>,
+    pub(crate) name: String,
+    pub(crate) peer_id: String,
     /// How to join the room, when it was added while the seed ran.
-    pub(super) settings: Option<String>,
-    pub(super) paused: bool,
+    pub(crate) settings: Option<String>,
+    pub(crate) paused: bool,
     /// Nodes that it comes to, to tell whether a restored room is the same.
-    pub(super) nodes: u64,
-    pub(super) latest: Option<(u64, u64)>,
+    pub(crate) nodes: u64,
+    pub(crate) latest: Option<(u64, u64)>,
     /// The first entry of the log; what segments hold before it is part of the snapshot.
-    pub(super) log_from: u64,
+    pub(crate) log_from: u64,
     /// The last entry.
-    pub(super) log_to: u64,
+    pub(crate) log_to: u64,
     /// The last entry that the snapshot stands for; absent without one.
-    pub(super) snapshot_seq: Option<u64>,
-    pub(super) snapshot: Vec<Segment>,
-    pub(super) log: Vec<Segment>,
+    pub(crate) snapshot_seq: Option<u64>,
+    pub(crate) snapshot: Vec<Segment>,
+    pub(crate) log: Vec<Segment>,
 }
 
 impl Room {
-    pub(super) fn segments(&self) -> impl Iterator<Item = &Segment> {
+    pub(crate) fn segments(&self) -> impl Iterator<Item = &Segment> {
         self.snapshot.iter().chain(&self.log)
     }
 
     /// Operations in the log.
-    pub(super) fn operations(&self) -> u64 {
+    pub(crate) fn operations(&self) -> u64 {
         (self.log_to + 1).saturating_sub(self.log_from)
     }
 }

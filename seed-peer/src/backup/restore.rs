@@ -7,9 +7,9 @@ use object_store::ObjectStoreExt as _;
 use rusqlite::{Connection, params};
 
 use super::manifest::Room;
-use super::segment::{LogLine, Segment, SnapshotLine, each_line, removed_id};
+use super::segment::{Segment, SnapshotLine, each_line, removed_id};
 use super::{BackupError, Backups, blocking};
-use crate::archive::{FILE_NAME, RoomGraph, RoomState, replay, schema};
+use crate::archive::{FILE_NAME, LogEntry, RoomGraph, RoomState, replay, schema};
 
 /// The folder in the data folder where an archive is restored until it is whole.
 const FOLDER: &str = "restoring";
@@ -32,11 +32,13 @@ struct Restoring {
 }
 
 /// A room that is being restored.
-struct RoomBeing {
+pub(crate) struct RoomBeing {
     /// The room, and the snapshot that its log begins with.
     state: RoomState,
     snapshot: Option<RoomState>,
     log_from: u64,
+    /// What it is to come to.
+    room: Room,
 }
 
 impl Backups {
@@ -63,13 +65,13 @@ impl Backups {
         let mut restored =
             Restored { id: super::manifest::id_of(manifest.created_ms), rooms: Vec::new(), operations: 0 };
         let mut restoring = Restoring::start(data)?;
-        for room in &manifest.rooms {
-            let mut being = restoring.begin(room)?;
+        for room in manifest.rooms {
+            let mut being = restoring.begin(room.clone())?;
             for segment in &room.snapshot {
                 let content = self.content(segment).await?;
                 let segment = segment.clone();
                 (restoring, being) = blocking(move || {
-                    restoring.add_snapshot(&mut being, &segment, &content)?;
+                    being.add_snapshot(&restoring.file.connection, &segment, &content)?;
                     Ok((restoring, being))
                 })
                 .await?;
@@ -78,14 +80,14 @@ impl Backups {
                 let content = self.content(segment).await?;
                 let (segment, before) = (segment.clone(), being.state.seq);
                 (restoring, being) = blocking(move || {
-                    restoring.add_log(&mut being, &segment, &content)?;
+                    being.add_log(&restoring.file.connection, &segment, &content)?;
                     Ok((restoring, being))
                 })
                 .await?;
                 restored.operations += being.state.seq.saturating_sub(before.max(being.log_from.saturating_sub(1)));
                 progress(restored.operations, total);
             }
-            restoring.finish(&being, room)?;
+            being.finish(&restoring.file.connection)?;
             restored.rooms.push((room.name.clone(), being.state.nodes));
         }
         let data = data.to_owned();
@@ -99,46 +101,30 @@ impl Backups {
     }
 }
 
-impl Restoring {
-    fn start(data: &Path) -> Result<Self, BackupError> {
-        let folder = data.join(FOLDER);
-        match std::fs::remove_dir_all(&folder) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-        let file = schema::open(&folder)?;
-        // It counts only once it is whole: until then nothing needs to survive.
-        file.connection.pragma_update(None, "synchronous", "OFF")?;
-        file.connection.pragma_update(None, "cache_size", -(64 << 10))?;
-        Ok(Self { file, folder })
-    }
-
-    fn begin(&self, room: &Room) -> Result<RoomBeing, BackupError> {
-        let connection = &self.file.connection;
-        connection.execute(
-            "INSERT INTO room (name, peer_id, settings, paused, nodes, bytes, seq) VALUES (?, ?, ?, ?, 0, 0, 0)",
-            params![room.name, room.peer_id, room.settings, room.paused],
-        )?;
+impl RoomBeing {
+    /// Begins with the empty row `id`.
+    pub(crate) fn begin(connection: &Connection, id: i64, room: Room) -> rusqlite::Result<Self> {
         let state = |id| RoomState { id, nodes: 0, bytes: 0, seq: 0, latest: None };
-        let main = state(connection.last_insert_rowid());
         let snapshot = match room.snapshot_seq {
             None => None,
             Some(seq) => {
-                crate::archive::make_shadow(connection, main.id)?;
+                crate::archive::make_shadow(connection, id)?;
                 Some(RoomState { seq, ..state(connection.last_insert_rowid()) })
             }
         };
-        Ok(RoomBeing {
-            state: RoomState { seq: room.snapshot_seq.unwrap_or(0), ..main },
-            snapshot,
-            log_from: room.log_from,
-        })
+        let state = RoomState { seq: room.snapshot_seq.unwrap_or(0), ..state(id) };
+        Ok(Self { state, snapshot, log_from: room.log_from, room })
     }
 
-    fn add_snapshot(&mut self, being: &mut RoomBeing, segment: &Segment, content: &[u8]) -> Result<(), BackupError> {
-        let connection = &self.file.connection;
+    /// Adds a portion of the snapshot that its log begins with.
+    pub(crate) fn add_snapshot(
+        &mut self,
+        connection: &Connection,
+        segment: &Segment,
+        content: &[u8],
+    ) -> Result<(), BackupError> {
         connection.execute_batch("BEGIN")?;
-        let states = [Some(&mut being.state), being.snapshot.as_mut()];
+        let states = [Some(&mut self.state), self.snapshot.as_mut()];
         let mut states: Vec<&mut RoomState> = states.into_iter().flatten().collect();
         each_line(segment, content, |line: SnapshotLine| {
             match line {
@@ -163,48 +149,75 @@ impl Restoring {
         Ok(())
     }
 
-    fn add_log(&mut self, being: &mut RoomBeing, segment: &Segment, content: &[u8]) -> Result<(), BackupError> {
-        let connection = &self.file.connection;
+    /// Adds a portion of its log.
+    pub(crate) fn add_log(
+        &mut self,
+        connection: &Connection,
+        segment: &Segment,
+        content: &[u8],
+    ) -> Result<(), BackupError> {
         connection.execute_batch("BEGIN")?;
-        let mut insert = connection.prepare_cached(
-            "INSERT INTO log (room, seq, received, kind, vouched, operation) VALUES (?, ?, ?, ?, ?, ?)",
-        )?;
-        each_line(segment, content, |LogLine(seq, received, kind, vouched, operation): LogLine| {
-            if seq < being.log_from {
+        each_line(segment, content, |entry: LogEntry| {
+            let LogEntry(seq, received, kind, _, ref operation) = entry;
+            if seq < self.log_from {
                 // It is part of the snapshot.
                 return Ok(());
             }
-            let signed = |number| i64::try_from(number).unwrap_or(i64::MAX);
-            insert.execute(params![being.state.id, signed(seq), signed(received), kind, vouched, operation])?;
-            let mut graph = RoomGraph { connection, state: &mut being.state };
-            if let Some(timestamp) = replay(&mut graph, kind, &operation, received)? {
-                being.state.see(timestamp);
+            entry.insert(connection, self.state.id)?;
+            let mut graph = RoomGraph { connection, state: &mut self.state };
+            if let Some(timestamp) = replay(&mut graph, kind, operation, received)? {
+                self.state.see(timestamp);
             }
-            being.state.seq = seq;
+            self.state.seq = seq;
             Ok(())
         })?;
         connection.execute_batch("COMMIT")?;
         Ok(())
     }
 
-    fn finish(&self, being: &RoomBeing, room: &Room) -> Result<(), BackupError> {
-        if being.state.nodes != room.nodes {
+    /// All of it is there: it must come to what the manifest says.
+    pub(crate) fn finish(&self, connection: &Connection) -> Result<(), BackupError> {
+        let room = &self.room;
+        if self.state.nodes != room.nodes {
             return Err(BackupError::NotAsBackedUp {
                 room: room.name.clone(),
                 expected: room.nodes,
-                found: being.state.nodes,
+                found: self.state.nodes,
             });
         }
         let latest = room.latest.map(|(physical, logical)| Hlc::new(physical, logical));
-        let connection = &self.file.connection;
         crate::archive::save_room(
             connection,
-            &RoomState { seq: room.log_to, latest: latest.max(being.state.latest), ..being.state.clone() },
+            &RoomState { seq: room.log_to, latest: latest.max(self.state.latest), ..self.state.clone() },
         )?;
-        if let Some(snapshot) = &being.snapshot {
+        if let Some(snapshot) = &self.snapshot {
             crate::archive::save_room(connection, snapshot)?;
         }
         Ok(())
+    }
+}
+
+impl Restoring {
+    fn start(data: &Path) -> Result<Self, BackupError> {
+        let folder = data.join(FOLDER);
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        let file = schema::open(&folder)?;
+        // It counts only once it is whole: until then nothing needs to survive.
+        file.connection.pragma_update(None, "synchronous", "OFF")?;
+        file.connection.pragma_update(None, "cache_size", -(64 << 10))?;
+        Ok(Self { file, folder })
+    }
+
+    fn begin(&self, room: Room) -> Result<RoomBeing, BackupError> {
+        let connection = &self.file.connection;
+        connection.execute(
+            "INSERT INTO room (name, peer_id, settings, paused, nodes, bytes, seq) VALUES (?, ?, ?, ?, 0, 0, 0)",
+            params![room.name, room.peer_id, room.settings, room.paused],
+        )?;
+        Ok(RoomBeing::begin(connection, connection.last_insert_rowid(), room)?)
     }
 
     fn put_in_place(self, data: &Path) -> Result<(), BackupError> {

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::BackupError;
 use super::manifest::Room;
-use crate::archive::{FILE_NAME, read_node, unsigned};
+use crate::archive::{FILE_NAME, LogEntry, read_node, unsigned};
 
 /// Entries of a segment, at most.
 const ENTRIES: usize = 20_000;
@@ -24,11 +24,11 @@ const MAX_BYTES: u64 = 1 << 30;
 
 /// A portion of a room, as the manifest names it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Segment {
+pub(crate) struct Segment {
     /// The checksum of the compressed content, which is its name.
-    pub(super) sha256: String,
+    pub(crate) sha256: String,
     /// Compressed bytes.
-    pub(super) bytes: u64,
+    pub(crate) bytes: u64,
     /// The first and the last entry of the log in it; in a snapshot, how many lines came before it, and up to it.
     pub(super) first: u64,
     pub(super) last: u64,
@@ -37,10 +37,6 @@ pub(super) struct Segment {
     /// The checksum of its last entry, to tell whether an archive's log is still the same.
     pub(super) last_entry: String,
 }
-
-/// An entry of the log: its place, when it came, its kind, on whose word, and the operation.
-#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct LogLine(pub(super) u64, pub(super) u64, pub(super) i64, pub(super) Option<String>, pub(super) String);
 
 /// A line of a snapshot.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,18 +58,18 @@ pub(super) struct SnapshotPlace {
 
 /// What of an earlier backup is still true.
 #[derive(Default)]
-pub(super) struct Reusable {
+pub(crate) struct Reusable {
     pub(super) log: Vec<Segment>,
     pub(super) snapshot: Option<Vec<Segment>>,
 }
 
 /// An archive as it is read for a backup: all of it as at one moment.
-pub(super) struct Source {
+pub(crate) struct Source {
     connection: Connection,
 }
 
 impl Source {
-    pub(super) fn open(data: &Path) -> Result<Self, BackupError> {
+    pub(crate) fn open(data: &Path) -> Result<Self, BackupError> {
         let connection = Connection::open_with_flags(data.join(FILE_NAME), OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.busy_timeout(std::time::Duration::from_secs(5))?;
         connection.execute_batch("BEGIN")?;
@@ -81,7 +77,7 @@ impl Source {
     }
 
     /// The rooms, their logs still empty.
-    pub(super) fn rooms(&self) -> Result<Vec<Room>, BackupError> {
+    pub(crate) fn rooms(&self) -> Result<Vec<Room>, BackupError> {
         let mut select = self.connection.prepare(
             "SELECT room.id, shadow.id, room.name, room.peer_id, room.settings, room.paused, room.nodes, room.seq,
                 room.physical, room.logical, shadow.seq,
@@ -111,8 +107,15 @@ impl Source {
         Ok(rooms.collect::<Result<_, _>>()?)
     }
 
+    /// Where a room stands in the stream of a cluster: when that was made, and its last message here.
+    pub(crate) fn position(&self, room: &Room) -> Result<Option<(i64, u64)>, BackupError> {
+        let row = "SELECT made, position FROM stream WHERE room = ?";
+        let found = self.connection.query_row(row, [room.id], |row| Ok((row.get(0)?, unsigned(row.get(1)?))));
+        Ok(found.optional()?)
+    }
+
     /// What of an earlier backup of a room can be named again. `is_held` says whether a segment is still there.
-    pub(super) fn reusable(
+    pub(crate) fn reusable(
         &self,
         room: &Room,
         earlier: Option<&Room>,
@@ -143,7 +146,7 @@ impl Source {
         let found = self
             .connection
             .prepare_cached("SELECT seq, received, kind, vouched, operation FROM log WHERE room = ? AND seq = ?")?
-            .query_row(params![room, i64::try_from(seq).unwrap_or(i64::MAX)], log_line)
+            .query_row(params![room, i64::try_from(seq).unwrap_or(i64::MAX)], LogEntry::read)
             .optional()?;
         Ok(found.map(|line| sha256(printed(&line).as_bytes())))
     }
@@ -158,7 +161,7 @@ impl Source {
         let mut lines = Lines::default();
         let (mut last, mut last_entry) = (0, String::new());
         while let Some(row) = rows.next()? {
-            let line = log_line(row)?;
+            let line = LogEntry::read(row)?;
             last = line.0;
             last_entry = printed(&line);
             lines.push(&last_entry)?;
@@ -242,16 +245,12 @@ fn segment(content: &[u8], first: u64, last: u64, is_full: bool, last_entry: Str
     Segment { sha256: sha256(content), bytes, first, last, is_full, last_entry }
 }
 
-fn log_line(row: &rusqlite::Row<'_>) -> rusqlite::Result<LogLine> {
-    Ok(LogLine(unsigned(row.get(0)?), unsigned(row.get(1)?), row.get(2)?, row.get(3)?, row.get(4)?))
-}
-
 fn printed(line: &impl Serialize) -> String {
     serde_json::json!(line).to_string()
 }
 
 /// The checksum of some bytes, in hex.
-pub(super) fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

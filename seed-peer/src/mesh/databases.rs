@@ -10,8 +10,9 @@ use super::watermarks::Watermarks;
 use super::{Mesh, RoomId};
 use crate::archive::{OpenRoom, RoomKey};
 use crate::cells::Cells;
+use crate::cluster::KeeperCommand;
 use crate::room::RoomPeer;
-use crate::rooms::{Command, RoomError, RoomStatus, Source};
+use crate::rooms::{Command, Respond, RoomError, RoomStatus, Source};
 use crate::roster::Roster;
 use crate::server::RoomConfig;
 use crate::time_of_day::wall_ms;
@@ -24,21 +25,56 @@ pub(crate) struct Database {
     pub(crate) base: PeerId,
     pub(crate) source: Source,
     pub(crate) latest: Option<genosdb::Hlc>,
-    /// The rooms of graph and application; none while it is paused.
+    /// The rooms of graph and application; none while it is paused, or another machine's.
     pub(crate) rooms: Vec<RoomId>,
+    pub(crate) paused: bool,
+    /// Of a room of a cluster: whether this machine holds it.
+    pub(crate) held: bool,
 }
 
 impl Mesh {
     /// Takes a database in, and joins its rooms unless it is paused.
     pub(crate) fn join(&mut self, config: RoomConfig, opened: &OpenRoom, source: Source, now: Instant) {
         let name = config.name.clone();
-        let OpenRoom { key, peer: base, latest, paused } = *opened;
+        let OpenRoom { key, peer: base, latest, operations, paused } = *opened;
         if config.security.is_some() {
             self.archive.rule(key);
         }
-        self.state.databases.insert(name.clone(), Database { config, key, base, source, latest, rooms: Vec::new() });
-        if !paused {
-            self.enter(&name, now);
+        let database = Database { config, key, base, source, latest, rooms: Vec::new(), paused, held: false };
+        self.state.databases.insert(name.clone(), database);
+        match &self.shared {
+            None if !paused => self.enter(&name, now),
+            Some(shared) if !paused => shared.tell(KeeperCommand::Offer { name, key, operations }),
+            _ => {}
+        }
+    }
+
+    /// A room of the cluster is ours, and its archive ready.
+    pub(super) fn held(&mut self, key: RoomKey, latest: Option<genosdb::Hlc>, respond: Respond, now: Instant) {
+        let held = self.state.databases.iter_mut().find(|(_, database)| database.key == key && database.held);
+        // It may have been taken from us meanwhile. Who asked may have given up waiting, here and below.
+        let Some((name, database)) = held else { return drop(respond.send(Err(RoomError::Elsewhere))) };
+        database.latest = database.latest.max(latest);
+        let name = name.clone();
+        self.enter(&name, now);
+        let _ = respond.send(Ok(()));
+    }
+
+    /// Leaves every room of the cluster when what we hold is not ours any more.
+    pub(super) fn end_tenure(&mut self, now: Instant) {
+        if self.shared.as_ref().is_none_or(|shared| shared.tenure.holds(now)) {
+            return;
+        }
+        let held: Vec<String> = self
+            .state
+            .databases
+            .iter()
+            .filter(|(_, database)| database.held && !database.rooms.is_empty())
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in held {
+            tracing::warn!(room = %name, "the cluster was out of reach for too long: the room is left to others");
+            self.exit(&name, now);
         }
     }
 
@@ -116,23 +152,48 @@ impl Mesh {
 
     pub(super) fn handle_command(&mut self, command: Command) {
         let now = Instant::now();
-        let key_of = |name: &str| self.state.databases.get(name).map(|database| database.key);
+        let shared = self.shared.is_some();
+        let key_of = |name: &str| match self.state.databases.get(name) {
+            None => Err(RoomError::Unknown),
+            Some(database) if shared && database.rooms.is_empty() => Err(RoomError::Elsewhere),
+            Some(database) => Ok(database.key),
+        };
         match command {
             Command::Edit { name, edits, respond } => match key_of(&name) {
-                Some(key) => self.archive.edit(key, edits, wall_ms(), respond),
+                Ok(key) => self.archive.edit(key, edits, wall_ms(), respond),
                 // Who asked may have given up waiting, here and below.
-                None => drop(respond.send(Err(RoomError::Unknown))),
+                Err(error) => drop(respond.send(Err(error))),
             },
             Command::Import { name, nodes, removals, respond } => match key_of(&name) {
-                Some(key) => self.archive.import(key, nodes, removals, wall_ms(), respond),
-                None => drop(respond.send(Err(RoomError::Unknown))),
+                Ok(key) => self.archive.import(key, nodes, removals, wall_ms(), respond),
+                Err(error) => drop(respond.send(Err(error))),
             },
             Command::Tell { name, respond } => {
                 let key = key_of(&name);
-                if let Some(key) = key {
+                if let Ok(key) = key {
                     self.tell_everything(key);
                 }
-                let _ = respond.send(key.map(|_| ()).ok_or(RoomError::Unknown));
+                let _ = respond.send(key.map(drop));
+            }
+            Command::Hold { name, respond } => match self.state.databases.get_mut(&name) {
+                None => drop(respond.send(Err(RoomError::Unknown))),
+                Some(database) if database.paused => drop(respond.send(Err(RoomError::Elsewhere))),
+                Some(database) => {
+                    database.held = true;
+                    let key = database.key;
+                    self.archive.hold_room(key, respond);
+                }
+            },
+            Command::Release { name, respond } => {
+                self.exit(&name, now);
+                match self.state.databases.get_mut(&name) {
+                    None => drop(respond.send(Err(RoomError::Unknown))),
+                    Some(database) => {
+                        database.held = false;
+                        let key = database.key;
+                        self.archive.release_room(key, respond);
+                    }
+                }
             }
             Command::List { respond } => {
                 let list = self.state.databases.iter().map(|(name, database)| self.status(name, database)).collect();
@@ -146,15 +207,21 @@ impl Mesh {
                 }
             }
             Command::Pause { name, paused, respond } => {
-                let Some(database) = self.state.databases.get(&name) else {
+                let Some(database) = self.state.databases.get_mut(&name) else {
                     let _ = respond.send(Err(RoomError::Unknown));
                     return;
                 };
                 let key = database.key;
-                if paused {
-                    self.exit(&name, now);
-                } else {
-                    self.enter(&name, now);
+                database.paused = paused;
+                let operations = u64::try_from(self.metrics.logged.with_label_values(&[&name]).get()).unwrap_or(0);
+                match &self.shared {
+                    None if paused => self.exit(&name, now),
+                    None => self.enter(&name, now),
+                    Some(shared) if paused => {
+                        shared.tell(KeeperCommand::Withdraw { name: name.clone() });
+                        self.exit(&name, now);
+                    }
+                    Some(shared) => shared.tell(KeeperCommand::Offer { name, key, operations }),
                 }
                 self.archive.pause_room(key, paused, respond);
             }
@@ -167,6 +234,9 @@ impl Mesh {
                 }
                 Some(database) => {
                     let key = database.key;
+                    if let Some(shared) = &self.shared {
+                        shared.tell(KeeperCommand::Withdraw { name: name.clone() });
+                    }
                     self.exit(&name, now);
                     self.state.databases.remove(&name);
                     for gauge in [&self.metrics.links, &self.metrics.present] {
@@ -186,7 +256,9 @@ impl Mesh {
         RoomStatus {
             name: name.to_owned(),
             source: database.source,
-            paused: database.rooms.is_empty(),
+            paused: database.paused,
+            held_by: None,
+            elsewhere: self.shared.is_some() && !database.paused && database.rooms.is_empty(),
             peers: graph.map_or(0, |room| room.roster.len()),
             links: rooms().map(MeshRoom::open_links).sum(),
             cells: graph.and_then(|room| room.cells.as_ref()).map(Cells::total_cells),

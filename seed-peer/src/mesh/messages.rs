@@ -427,6 +427,7 @@ impl Mesh {
                     self.send(link, sync_message(None, self.identity.as_deref()));
                 }
             }
+            Reply::Held { room, latest, respond } => self.held(room, latest, respond, now),
             Reply::Opened { config, opened, added, respond } => {
                 self.join(config, &opened, added, now);
                 // Who asked may have given up waiting.

@@ -56,6 +56,7 @@ pub(crate) fn config(relays: &[&str], data: &Path, rooms: Vec<RoomConfig>) -> Co
         pass_on: true,
         max_links: 600,
         backup: None,
+        shared: None,
     }
 }
 

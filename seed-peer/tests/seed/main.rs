@@ -4,7 +4,11 @@
 mod cells;
 #[allow(dead_code, reason = "the test that kills a seed uses the rest")]
 mod client;
+mod cluster;
 mod data;
 mod hostile;
 mod house;
+#[allow(dead_code, reason = "the relay's tests use the rest")]
+#[path = "../../../relay/tests/support/nats.rs"]
+mod nats;
 mod rooms;
