@@ -45,7 +45,7 @@ after(async () => {
   await browser?.close();
   pages?.close();
   for (const machine of machines) await machine.stop();
-  for (const server of nats) await server.kill();
+  for (const server of nats) await server.stop();
 });
 
 test('two Trystero pages on relays of two machines meet and exchange messages', async () => {

@@ -13,6 +13,7 @@ import { promisify } from 'node:util';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
 import { binary, TURN_USER } from '../lib/homeport.mjs';
 import { Lab, SERVER, unable } from './lab.mjs';
+import { archived, difference, model, write } from './writing.mjs';
 
 const run = promisify(execFile);
 const here = dirname(fileURLToPath(import.meta.url));
@@ -73,56 +74,6 @@ class House {
     child.kill('SIGKILL');
     await ended;
   }
-}
-
-/** Writes twenty times a second: nodes of its own, which it also removes, and such that all write to. */
-function write(name) {
-  const [own, shared, all] = [new Map(), [], []];
-  let last = 0;
-  window.writing = setInterval(() => all.push(one(last += 1)), 50);
-  const one = async number => {
-    const pick = Math.random();
-    if (pick < 0.5) {
-      const [id, value] = [`shared-${Math.floor(Math.random() * 10)}`, { by: name, number }];
-      await window.db.put(value, id);
-      const { result } = await window.db.get(id);
-      if (result?.value.by === name && result.value.number === number) shared.push([id, value, [result.timestamp.physical, result.timestamp.logical]]);
-    } else {
-      const id = `${name}-${Math.floor(Math.random() * 300)}`;
-      if (pick > 0.95 && own.get(id)) {
-        own.set(id, null);
-        await window.db.remove(id);
-      } else {
-        own.set(id, { number });
-        await window.db.put({ number }, id);
-      }
-    }
-  };
-  window.written = async () => {
-    clearInterval(window.writing);
-    await Promise.all(all);
-    return { own: [...own], shared, number: last };
-  };
-}
-
-/** What all hold in the end: of shared nodes the newest; of those that two wrote at the same time, either. */
-function model(written) {
-  const nodes = new Map(written.flatMap(({ own }) => own).filter(([, value]) => value).map(([id, value]) => [id, [value]]));
-  const newest = new Map();
-  for (const [id, value, at] of written.flatMap(({ shared }) => shared)) {
-    const [before, order] = [newest.get(id), at[0] - newest.get(id)?.at[0] || at[1] - newest.get(id)?.at[1]];
-    if (!before || order > 0) newest.set(id, { at, values: [value] });
-    else if (order === 0) before.values.push(value);
-  }
-  for (const [id, { values }] of newest) nodes.set(id, values);
-  return nodes;
-}
-
-/** How what somebody holds differs from the model, in words; empty when it does not. */
-function difference(expected, held) {
-  const wrong = [...held].filter(([id, value]) => !expected.get(id)?.some(one => JSON.stringify(one) === JSON.stringify(value)))
-    .map(([id, value]) => `${id} is ${JSON.stringify(value)} and not ${JSON.stringify(expected.get(id))}`);
-  return [...wrong, ...[...expected.keys()].filter(id => !held.has(id)).map(id => `${id} is missing`)];
 }
 
 test('what pages write outlives everything that can happen to services and networks', { skip: reason }, async () => {
@@ -197,11 +148,7 @@ test('what pages write outlives everything that can happen to services and netwo
     const written = await Promise.all(places.map(({ page }) => page.evaluate(() => window.written())));
     const calm = Date.now();
     const expected = model(written);
-    const archive = async () => {
-      const { stdout } = await run(binary, ['rooms', 'show', 'faults', '--query', '{}'],
-        { env: { ...process.env, HOMEPORT_DATA: join(lab.folder, 'data') }, maxBuffer: 1 << 28 });
-      return new Map(stdout.split('\n').filter(Boolean).map(JSON.parse).map(({ id, value }) => [id, value]));
-    };
+    const archive = () => archived('faults', join(lab.folder, 'data'));
     const all = [['the archive', archive], ...places.map(({ page, kind }) =>
       [`the page behind ${kind}`, async () => new Map((await page.evaluate(() => window.nodes())).map(([id, value]) => [id, value]))])];
     const deadline = Date.now() + 300_000;

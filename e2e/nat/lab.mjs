@@ -171,10 +171,33 @@ class Site {
   }
 }
 
+/** A machine on the internet, beside the server. */
+class Host {
+  constructor(lab, index) {
+    Object.assign(this, { lab, namespace: `${lab.id}-host-${index}`, address: `45.79.10.${11 + index}`, device: `host${index}` });
+  }
+
+  async start() {
+    const { lab, namespace, address, device } = this;
+    await lab.namespace(namespace);
+    await ip(`link add eth0 netns ${namespace} type veth peer name ${device} netns ${lab.server}`);
+    await ip(`-n ${lab.server} link set ${device} master internet up`);
+    await lab.address(namespace, 'eth0', address);
+    // To whoever is behind a router without addresses of its own.
+    await ip(`-n ${namespace} route add default via ${SERVER}`);
+  }
+
+  /** Takes the cable out, or puts it in again. */
+  async plug(isIn) {
+    await ip(`-n ${this.lab.server} link set ${this.device} ${isIn ? 'up' : 'down'}`);
+  }
+}
+
 const ip = words => run('ip', words.split(' '));
 
 export class Lab {
   #sites = [];
+  #hosts = [];
   #processes = [];
 
   static async start() {
@@ -218,6 +241,14 @@ export class Lab {
     return site;
   }
 
+  /** One more machine on the internet. */
+  async host() {
+    const host = new Host(this, this.#hosts.length + 1);
+    this.#hosts.push(host);
+    await host.start();
+    return host;
+  }
+
   /** Starts a program in a namespace, and waits until it prints what matches `ready`. */
   async spawn(namespace, words, ready, env = {}) {
     const child = spawn('ip', ['netns', 'exec', namespace, ...words], {
@@ -256,6 +287,7 @@ export class Lab {
       await ended;
     }
     for (const { router, client } of this.#sites) for (const name of [router, client]) await ip(`netns del ${name}`);
+    for (const { namespace } of this.#hosts) await ip(`netns del ${namespace}`);
     await ip(`netns del ${this.server}`);
     await rm(this.folder, { recursive: true, force: true });
   }

@@ -81,11 +81,13 @@ pub(super) enum CommitError {
     Away(String),
     #[error("another machine holds the room")]
     NotHeld,
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
 }
 
 /// A room cannot be taken over from the stream.
 #[derive(Debug, thiserror::Error)]
-enum TakeOverError {
+pub(super) enum TakeOverError {
     #[error(transparent)]
     Database(#[from] rusqlite::Error),
     #[error("entries of the room's log are missing in its stream: after {after} comes {found}")]
@@ -213,7 +215,7 @@ impl Writer {
         let (batches, end) =
             shipping.runtime.block_on(reading).map_err(|error| CommitError::Away(error.to_string()))?;
         for (entries, message) in batches {
-            self.take_over(room, &entries, message).map_err(|error| CommitError::Away(error.to_string()))?;
+            self.take_over(room, &entries, message)?;
         }
         self.shipped(vec![(room, end)]);
         Ok(())

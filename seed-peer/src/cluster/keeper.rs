@@ -125,6 +125,8 @@ impl Keeping {
     ) -> Result<(), String> {
         let mut opening = None;
         let mut bucket: Option<(Store, Watch)> = None;
+        // Since when the bucket is watched.
+        let mut watched: Option<Instant> = None;
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -139,6 +141,7 @@ impl Keeping {
                         self.leases.complete();
                     }
                     bucket = Some((store, watch));
+                    watched = Some(Instant::now());
                 }
                 entry = async { match &mut bucket { Some((_, watch)) => watch.next().await, None => std::future::pending().await } } => {
                     let entry = entry.ok_or("the bucket of leases is not watched any more")?.map_err(|error| error.to_string())?;
@@ -177,9 +180,10 @@ impl Keeping {
             if self.leases.is_retired() || end.is_some_and(|end| now >= end) {
                 return Ok(());
             }
-            let is_lost = self.leases.own_seen().is_some_and(|seen| now >= seen + WATCH_PATIENCE);
-            if is_lost && bucket.is_some() && self.keeper.shared.cluster.is_connected() {
-                return Err("no record of this machine comes back".into());
+            if let Some(watched) = watched
+                && self.leases.renewed_since(watched.max(self.leases.own_seen().unwrap_or(watched)) + WATCH_PATIENCE)
+            {
+                return Err("what this machine writes does not come back".into());
             }
         }
     }

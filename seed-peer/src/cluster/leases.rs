@@ -199,6 +199,8 @@ pub(super) struct Leases {
     /// When the last record of ours that is known to stand was sent.
     renewed: Option<Instant>,
     next_beat: Option<Instant>,
+    /// The newest of our own records that came back, and when: as it does, so does what others write.
+    own_seen: Option<(u64, Instant)>,
     /// Writes whose end is not known yet.
     writing: BTreeMap<Key, Instant>,
     /// Whether we give everything back.
@@ -225,6 +227,7 @@ impl Leases {
             is_complete: false,
             renewed: None,
             next_beat: None,
+            own_seen: None,
             writing: BTreeMap::new(),
             retiring: false,
             is_fit: true,
@@ -320,11 +323,24 @@ impl Leases {
 
     /// When our own record last came back.
     pub(super) fn own_seen(&self) -> Option<Instant> {
-        self.instances.get(&self.us).map(|ours| ours.seen)
+        self.own_seen.map(|(_, at)| at)
     }
 
-    /// What stands in the bucket under a key, since `revision`.
+    /// Whether a record of ours was sent at `since` or later, and stands.
+    pub(super) fn renewed_since(&self, since: Instant) -> bool {
+        self.renewed.is_some_and(|at| at >= since)
+    }
+
+    /// What has come from the bucket, in the order in which it was written: what stands under a key since `revision`.
     pub(super) fn entry(&mut self, key: &Key, value: &[u8], revision: u64, now: Instant) {
+        if *key == Key::Instance(self.us.clone()) && revision > self.own_seen.map_or(0, |(seen, _)| seen) {
+            self.own_seen = Some((revision, now));
+            self.instances.values_mut().for_each(|other| other.own_beats = other.own_beats.saturating_add(1));
+        }
+        self.learn(key, value, revision, now);
+    }
+
+    fn learn(&mut self, key: &Key, value: &[u8], revision: u64, now: Instant) {
         match key {
             Key::Instance(name) => {
                 let Ok(record) = serde_json::from_slice::<InstanceRecord>(value) else { return };
@@ -362,9 +378,6 @@ impl Leases {
             self.sessions += 1;
             self.contested = record.alive.then_some(now);
         }
-        if name == self.us && record.alive {
-            self.instances.values_mut().for_each(|other| other.own_beats = other.own_beats.saturating_add(1));
-        }
         self.instances.insert(name.to_owned(), Instance { record, revision, seen: now, beats, own_beats: 0 });
     }
 
@@ -372,7 +385,7 @@ impl Leases {
     pub(super) fn wrote(&mut self, key: &Key, value: &str, wrote: Wrote, sent: Instant, now: Instant) {
         self.writing.remove(key);
         if let Wrote::Done(revision) = wrote {
-            self.entry(key, value.as_bytes(), revision, now);
+            self.learn(key, value.as_bytes(), revision, now);
         }
         match key {
             Key::Instance(name) if *name == self.us => match wrote {
