@@ -1,18 +1,14 @@
 // A server of NATS of the test's own (Debian's nats-server), alone or as one of several that know each other.
 import { spawn } from 'node:child_process';
-import { once } from 'node:events';
-import { mkdtemp, rm } from 'node:fs/promises';
 import { connect } from 'node:net';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { once } from 'node:events';
 import { freePort } from './homeport.mjs';
 
 export class Nats {
   static async start(...others) {
     const nats = new Nats();
     [nats.port, nats.route] = [await freePort(), await freePort()];
-    nats.folder = await mkdtemp(join(tmpdir(), 'homeport-nats-'));
-    nats.words = ['--jetstream', '--store_dir', nats.folder, '--addr', '127.0.0.1', '--port', `${nats.port}`, '--name', `nats-${nats.port}`, '--cluster_name', 'e2e',
+    nats.words = ['--addr', '127.0.0.1', '--port', `${nats.port}`, '--name', `nats-${nats.port}`, '--cluster_name', 'e2e',
       '--cluster', `nats://127.0.0.1:${nats.route}`,
       ...(others.length ? ['--routes', others.map(({ route }) => `nats://127.0.0.1:${route}`).join(',')] : [])];
     await nats.resume();
@@ -32,11 +28,6 @@ export class Nats {
       if (Date.now() > deadline || this.child.exitCode !== null) throw new Error('nats-server does not listen');
       await new Promise(done => setTimeout(done, 20));
     }
-  }
-
-  async stop() {
-    await this.kill();
-    await rm(this.folder, { recursive: true, force: true });
   }
 
   async kill() {
