@@ -47,7 +47,7 @@ after(async () => {
   await browser?.close();
   pages?.close();
   for (const machine of machines) await machine.stop();
-  for (const server of nats) await server.kill();
+  for (const server of nats) await server.stop();
 });
 
 test('two Trystero pages on relays of two machines meet and exchange messages', async () => {
@@ -132,6 +132,36 @@ test('a machine dies while pages write: the others go on, and both archives hold
     assert.deepEqual(new Map(held), new Map(expected.sort(([one], [other]) => (one < other ? -1 : 1))));
   }
   for (const page of both) await page.context().close();
+});
+
+test('the status page of each machine shows all of them, those that are down too', async () => {
+  const states = async machine => {
+    const { machines: shown } = await (await fetch(`${machine.httpUrl}/status.json`)).json();
+    return Object.fromEntries(shown.map(({ name, services }) => [name, [...new Set(services.map(({ state }) => state))].join()]));
+  };
+  const both = (eu, us) => async () => JSON.stringify(await states(machines[0])) === JSON.stringify({ eu, ...(us && { us }) });
+  await eventually('both are shown', both('ok', 'ok'));
+  const page = await openPage(browser, machines[0].httpUrl);
+  await until(page, 'a verdict', () => document.getElementById('verdict').textContent === 'Everything works.');
+  assert.deepEqual(await page.$$eval('#machines h3', names => names.map(name => name.textContent)), ['eu', 'us']);
+  assert.equal(await page.isVisible('#services-section'), false);
+  const connections = async machine => (await (await fetch(`${machine.httpUrl}/status.json`)).json()).now.connections;
+  await eventually('numbers are those of all machines', async () => {
+    const own = await Promise.all(machines.map(machine => machine.metric('homeport_relay_connections')));
+    const shown = await Promise.all(machines.map(connections));
+    return own.every(count => count > 0) && shown.every(count => count === own[0] + own[1]);
+  });
+
+  await machines[1].kill();
+  await eventually('the one that died is down', both('ok', 'down'));
+  await until(page, 'that, on the page', () => document.getElementById('verdict').textContent.includes('relay of us'));
+  await machines[1].run();
+  await eventually('it is back', both('ok', 'ok'));
+  await machines[1].terminate();
+  await eventually('the one that ended in order is gone', both('ok'));
+  await machines[1].run();
+  await eventually('it is back again', both('ok', 'ok'));
+  await page.context().close();
 });
 
 test('the doctor names NATS when it is out of reach, and health says that the machine is alone', async () => {

@@ -1,4 +1,4 @@
-// Every panel of every dashboard, asked of a real Prometheus that scrapes a running `homeport up` with traffic on it.
+// Every panel of every dashboard, asked of a real Prometheus that scrapes two machines of a cluster with traffic on them.
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
 import { mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises';
@@ -9,21 +9,26 @@ import { fileURLToPath } from 'node:url';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
 import { freePort, Homeport } from './lib/homeport.mjs';
+import { Nats } from './lib/nats.mjs';
 
 const dashboards = resolve(dirname(fileURLToPath(import.meta.url)), '../grafana/dashboards');
 
-let homeport, pages, browser, prometheus, folder, url;
+let homeport, other, nats, pages, browser, prometheus, folder, url;
 before(async () => {
-  homeport = await Homeport.start({
-    rooms: ['notes', { name: 'crowd', cells: true }], settings: { HOMEPORT_SEED__BACKUP__TO: 'vault' },
+  nats = await Nats.withStreams();
+  const machine = (name, settings) => Homeport.start({
+    rooms: ['notes', { name: 'crowd', cells: true }],
+    settings: { HOMEPORT_CLUSTER__NATS: nats.url, HOMEPORT_CLUSTER__NAME: name, HOMEPORT_RELAY__STORE: 'true', HOMEPORT_TURN__SECRET: 'of both', ...settings },
   });
+  homeport = await machine('one', { HOMEPORT_SEED__BACKUP__TO: 'vault' });
+  other = await machine('two');
   folder = await mkdtemp(join(tmpdir(), 'homeport-prometheus-'));
   const port = await freePort();
   url = `http://127.0.0.1:${port}`;
   await writeFile(join(folder, 'prometheus.yml'), JSON.stringify({
     global: { scrape_interval: '1s' },
     rule_files: [join(dashboards, '../../deploy/prometheus/rules.yml')],
-    scrape_configs: [{ job_name: 'homeport', static_configs: [{ targets: [`127.0.0.1:${homeport.ports.metrics}`] }] }],
+    scrape_configs: [{ job_name: 'homeport', static_configs: [{ targets: [homeport, other].map(({ ports }) => `127.0.0.1:${ports.metrics}`) }] }],
   }));
   prometheus = spawn('prometheus', [`--config.file=${join(folder, 'prometheus.yml')}`,
     `--storage.tsdb.path=${join(folder, 'data')}`, `--web.listen-address=127.0.0.1:${port}`], { stdio: 'ignore' });
@@ -35,6 +40,8 @@ before(async () => {
   await scraped();
   // Enough links for a share of them to mean something.
   for (let page = 0; page < 3; page++) await openDatabase();
+  // And somebody on the other machine.
+  await openDatabase(other);
   // Packets through TURN.
   const check = await openPage(browser, `${homeport.httpUrl}/check`);
   // On a busy machine a step may run out of time; then who looks would try again.
@@ -53,13 +60,15 @@ after(async () => {
     await once(prometheus, 'exit');
   }
   await homeport?.stop();
+  await other?.stop();
+  await nats?.stop();
   if (folder) await rm(folder, { recursive: true, force: true });
 });
 
 /** A page that keeps writing. */
-async function openDatabase() {
+async function openDatabase(machine = homeport) {
   const query = new URLSearchParams({
-    client: '/pages/wire-client.mjs', name: 'notes', options: JSON.stringify({ rtc: homeport.rtc }),
+    client: '/pages/wire-client.mjs', name: 'notes', options: JSON.stringify({ rtc: machine.rtc }),
   });
   const page = await openPage(browser, `${pages.url}/pages/database.html?${query}`);
   await until(page, 'the database', () => window.loaded === true);

@@ -22,12 +22,31 @@ function drawn(name, attributes, ...children) {
 const number = new Intl.NumberFormat('en');
 const percent = new Intl.NumberFormat('en', { style: 'percent', maximumFractionDigits: 1 });
 
-function services(list) {
-  $('services').replaceChildren(...list.map(({ name, state, parts }) => element('li', {},
+/** A service: how it is, and which of its parts are not well. */
+function service(kind, { name, state, parts }) {
+  return element(kind, {},
     element('strong', { textContent: name }), ' ',
     element('span', { className: state === 'ok' ? 'good' : 'bad', textContent: state === 'ok' ? 'works' : state }),
     ...parts.filter(part => part.state !== 'ok').map(part =>
-      element('div', { className: 'soft', textContent: part.reason ? `${part.name}: ${part.reason}` : part.name })))));
+      element('div', { className: 'soft', textContent: part.reason ? `${part.name}: ${part.reason}` : part.name })));
+}
+
+/** The services; in a cluster, by their machines. */
+function services(list, machines) {
+  $('services-section').hidden = machines.length > 0;
+  $('machines-section').hidden = machines.length === 0;
+  $('services').replaceChildren(...list.map(one => service('li', one)));
+  $('machines').replaceChildren(...machines.map(machine => element('li', {},
+    element('h3', { textContent: machine.name }),
+    ...machine.services.map(one => service('div', one)),
+    element('div', { className: 'soft', textContent: `Homeport ${machine.version}` }))));
+}
+
+/** What is not well, by name. */
+function troubles(list, machines) {
+  const troubled = ({ state }) => state !== 'ok';
+  return machines.length === 0 ? list.filter(troubled).map(({ name }) => name)
+    : machines.flatMap(machine => machine.services.filter(troubled).map(({ name }) => `${name} of ${machine.name}`));
 }
 
 /** The share of attempts that succeeded, in words. */
@@ -114,7 +133,8 @@ function rooms(list, details) {
   $('rooms').replaceChildren(...list.map(room => element('li', {},
     element('strong', { textContent: room.name }),
     element('div', { className: 'soft', textContent: room.paused ? 'paused'
-      : `${number.format(room.peers)} present, ${number.format(room.links)} links, ${number.format(room.nodes)} nodes` }),
+      : `${number.format(room.peers)} present, ${number.format(room.links)} links, ${number.format(room.nodes)} nodes${
+        room.held_by ? `, held by ${room.held_by}` : ''}` }),
     mesh(room))));
 }
 
@@ -129,9 +149,9 @@ async function look() {
     const answer = await fetch('/status.json', { headers, signal: AbortSignal.timeout(EVERY_MS) });
     if (!answer.ok) throw new Error(answer.status);
     const status = await answer.json();
-    const troubled = status.services.filter(({ state }) => state !== 'ok');
-    verdict(troubled.length === 0 ? 'Everything works.' : `Not all is well: ${troubled.map(({ name }) => name).join(', ')}.`, troubled.length === 0);
-    services(status.services);
+    const troubled = troubles(status.services, status.machines);
+    verdict(troubled.length === 0 ? 'Everything works.' : `Not all is well: ${troubled.join(', ')}.`, troubled.length === 0);
+    services(status.services, status.machines);
     numbers(status);
     charts(status.history);
     rooms(status.rooms, status.details);

@@ -2,6 +2,9 @@
 import { spawn } from 'node:child_process';
 import { connect } from 'node:net';
 import { once } from 'node:events';
+import { mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { freePort } from './homeport.mjs';
 
 export class Nats {
@@ -11,6 +14,15 @@ export class Nats {
     nats.words = ['--addr', '127.0.0.1', '--port', `${nats.port}`, '--name', `nats-${nats.port}`, '--cluster_name', 'e2e',
       '--cluster', `nats://127.0.0.1:${nats.route}`,
       ...(others.length ? ['--routes', others.map(({ route }) => `nats://127.0.0.1:${route}`).join(',')] : [])];
+    await nats.resume();
+    return nats;
+  }
+
+  /** One that is alone, and keeps streams. */
+  static async withStreams() {
+    const nats = new Nats();
+    [nats.port, nats.folder] = [await freePort(), await mkdtemp(join(tmpdir(), 'homeport-nats-'))];
+    nats.words = ['--addr', '127.0.0.1', '--port', `${nats.port}`, '--jetstream', '--store_dir', nats.folder];
     await nats.resume();
     return nats;
   }
@@ -34,5 +46,11 @@ export class Nats {
     if (this.child.exitCode !== null || this.child.signalCode !== null) return;
     this.child.kill('SIGKILL');
     await this.ended;
+  }
+
+  /** Ends for good, with what was kept. */
+  async stop() {
+    await this.kill();
+    if (this.folder) await rm(this.folder, { recursive: true, force: true });
   }
 }

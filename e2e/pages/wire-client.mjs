@@ -7,6 +7,8 @@ import { Security } from './security.mjs';
 
 const utf8 = new TextEncoder();
 const text = new TextDecoder('utf-8', { fatal: true });
+/** With more bytes in a channel's buffer than this, whoever sends waits. */
+const FULL = 65535;
 const hex = bytes => [...bytes].map(byte => byte.toString(16).padStart(2, '0')).join('');
 const digest = async (name, value) => new Uint8Array(await crypto.subtle.digest(name, utf8.encode(value)));
 const newer = (one, other) =>
@@ -175,7 +177,10 @@ class Room {
 
   link(peer, offered) {
     const connection = new RTCPeerConnection({ iceServers: this.iceServers });
-    const link = { connection, offered, nonces: {}, unfinished: new Map(), queue: Promise.resolve(), heard: performance.now() };
+    const link = {
+      connection, offered, nonces: {}, unfinished: new Map(), queue: Promise.resolve(), outbox: Promise.resolve(), heard: performance.now(),
+    };
+    link.dropped = new Promise(done => { link.drop = done; });
     this.peers.set(peer, link);
     const use = channel => {
       channel.binaryType = 'arraybuffer';
@@ -191,7 +196,9 @@ class Room {
     return link;
   }
   drop(peer) {
-    this.peers.get(peer)?.connection.close();
+    const link = this.peers.get(peer);
+    link?.connection.close();
+    link?.drop();
     this.peers.delete(peer);
   }
 
@@ -224,15 +231,28 @@ class Room {
     for (const [peer, link] of this.peers) {
       if (link.channel?.readyState !== 'open' || (target && peer !== target)) continue;
       const nonce = link.nonces[channel] = ((link.nonces[channel] ?? -1) + 1) & 255;
-      for (let index = 0; index < count; index++) {
+      const frames = Array.from({ length: count }, (_, index) => {
         const chunk = payload.subarray(index * size, (index + 1) * size);
         const frame = new Uint8Array(15 + chunk.length);
         frame.set(utf8.encode(channel).subarray(0, 12));
         frame.set([nonce, flags | (index === count - 1 ? 1 : 0), Math.round(255 * (index + 1) / count)], 12);
         frame.set(chunk, 15);
-        link.channel.send(frame);
-      }
+        return frame;
+      });
+      link.outbox = link.outbox.then(() => deliver(link, frames));
     }
+  }
+}
+
+/** Sends frames over a link as its channel takes them; what a link has not taken when it is dropped is lost with it. */
+async function deliver({ channel, dropped }, frames) {
+  channel.bufferedAmountLowThreshold = FULL;
+  for (const frame of frames) {
+    if (channel.bufferedAmount > FULL) {
+      await Promise.race([new Promise(done => channel.addEventListener('bufferedamountlow', done, { once: true })), dropped]);
+    }
+    if (channel.readyState !== 'open') return;
+    channel.send(frame);
   }
 }
 

@@ -119,7 +119,7 @@ fn look(args: &CheckArgs) -> anyhow::Result<Vec<Finding>> {
         if !args.offline {
             let asked = |service| args.services.is_empty() || args.services.contains(&service);
             findings.extend(names::look_up(&settings).await);
-            findings.extend(cluster::ask(&settings).await?);
+            findings.extend(cluster::look(&settings).await?);
             findings.extend(services::ask(&settings, asked).await?);
         }
         Ok(findings)

@@ -9,7 +9,6 @@ mod healthcheck;
 mod init;
 mod link_checks;
 mod logging;
-mod others;
 mod private_file;
 mod probe;
 mod reports;

@@ -14,12 +14,11 @@ use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
 use crate::client_config::ClientConfig;
 use crate::link_checks::Checks;
-use crate::others::Others;
 use crate::probe::meeting::MeetingPlace;
 use crate::probe::{self, Tries, TurnLogin, TurnTries};
 use crate::reports::Reports;
 use crate::settings::{OneOrMany, Settings};
-use crate::status::Status;
+use crate::status::{Others, Reporter, Status};
 use crate::summary::{Summary, TurnSummary};
 use crate::turn_credentials::TurnCredentials;
 use crate::turn_secret;
@@ -114,7 +113,13 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let mut of_cluster = Vec::new();
     let announcer = match (&cluster, &turn, summary.turn) {
         (Some(cluster), Some(turn), Some(own)) => {
-            let announcer = Announcer::new(cluster.clone(), settings.turn_server(own), turn, turn_servers.clone());
+            let announcer = Announcer::new(
+                cluster.clone(),
+                settings.turn_server(own),
+                &settings.turn_credentials().secrets,
+                turn,
+                turn_servers.clone(),
+            );
             of_cluster.push(announcer.start());
             Some(announcer)
         }
@@ -179,6 +184,14 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         // The seed of another process may be there as well.
         status.set_checks(Checks::new(place.clone(), services.seed, settings.proxy_header()?));
     }
+    let reporter = cluster.as_ref().map(|cluster| {
+        if services.relay {
+            of_cluster.push(status.hear_of_machines(cluster));
+        }
+        let reporter = Reporter::new(cluster.clone(), Arc::clone(&status));
+        of_cluster.push(reporter.start());
+        reporter
+    });
     let probing = if settings.metrics.probe {
         let met = own_relay.clone().map_or_else(|| first_relay.map(place).transpose(), |place| Ok(Some(place)))?;
         let tries = Tries {
@@ -216,6 +229,9 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     probing.iter().chain(&asking).chain(&of_cluster).for_each(tokio::task::JoinHandle::abort);
     if let Some(announcer) = announcer {
         announcer.retire().await;
+    }
+    if let Some(reporter) = reporter {
+        reporter.retire().await;
     }
     let stopping = async {
         if let Some(admin) = admin {

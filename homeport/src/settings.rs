@@ -170,8 +170,8 @@ impl Settings {
     /// Takes what is set to nothing for not set: docker compose cannot leave a variable out.
     fn forget_empty(&mut self) {
         let RelaySettings { public_url, trusted_proxy_header, status_token, .. } = &mut self.relay;
-        let TurnSettings { host, credentials_token, secret, .. } = &mut self.turn;
-        for text in [public_url, trusted_proxy_header, status_token, host, credentials_token] {
+        let TurnSettings { host, credentials_token, secret, region, .. } = &mut self.turn;
+        for text in [public_url, trusted_proxy_header, status_token, host, credentials_token, region] {
             text.take_if(|text| text.is_empty());
         }
         secret.take_if(|secret| secret.as_slice().iter().all(String::is_empty));

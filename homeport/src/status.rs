@@ -1,9 +1,14 @@
-//! The status page: `/` for browsers, and `/status.json`, which says how the services of this process are.
+//! The status page: `/` for browsers, and `/status.json`, which says how the services of this process are, those of other
+//! processes, and in a cluster those of all machines.
 //!
 //! Names of rooms, drawings of their meshes and reasons of failures are for who knows the token, or for everybody where
 //! the relay listens on loopback alone.
 
-use std::collections::VecDeque;
+mod machines;
+mod others;
+mod service_status;
+
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,14 +23,19 @@ use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
 use prometheus::proto::MetricFamily;
 use rand::Rng as _;
 use seed_peer::{RoomStatus, Rooms};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use service::{State as PartState, Telemetry};
+use service::{Cluster, Telemetry};
 use tokio::task::JoinHandle;
 
 use crate::admin::{AdminClient, Request, Response as AdminResponse};
 use crate::link_checks::{Checks, check_link};
-use crate::others::Others;
 use crate::turn_credentials::same;
+use machines::{Machine, Machines};
+use service_status::{PartStatus, ServiceStatus};
+
+pub(crate) use machines::Reporter;
+pub(crate) use others::Others;
 
 /// The page itself, which the relay serves at its root.
 pub(crate) const PAGE: &str = include_str!("../../web/status.html");
@@ -47,7 +57,8 @@ const SAMPLES: usize = 240;
 const RECENT: usize = 20;
 
 /// Numbers of one moment.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Sample {
     connections: f64,
     allocations: f64,
@@ -57,6 +68,23 @@ struct Sample {
     relay: (f64, f64),
     seed: (f64, f64),
     browsers: (f64, f64),
+}
+
+impl Sample {
+    /// Together with those of another process.
+    fn with(self, other: Self) -> Self {
+        let both = |one: (f64, f64), two: (f64, f64)| (one.0 + two.0, one.1 + two.1);
+        Self {
+            connections: self.connections + other.connections,
+            allocations: self.allocations + other.allocations,
+            links: self.links + other.links,
+            // The seeds of a cluster have the same.
+            nodes: self.nodes.max(other.nodes),
+            relay: both(self.relay, other.relay),
+            seed: both(self.seed, other.seed),
+            browsers: both(self.browsers, other.browsers),
+        }
+    }
 }
 
 /// How the services of this process are, now and in the last hour.
@@ -69,6 +97,8 @@ pub(crate) struct Status {
     checks: OnceLock<Checks>,
     /// Other processes, and the folder in which a seed among them can be asked for its rooms.
     others: OnceLock<(Others, PathBuf)>,
+    /// The machines of the cluster, and the name of this one.
+    machines: OnceLock<(Arc<Machines>, String)>,
     /// The numbers of this very second: however often somebody asks, they are gathered once.
     latest: Mutex<Option<(Instant, Sample)>>,
     samples: Mutex<VecDeque<Sample>>,
@@ -106,11 +136,42 @@ impl Status {
         let _ = self.others.set((others, data));
     }
 
-    /// The rooms of the seed, in this process or another.
-    async fn rooms(&self) -> Vec<RoomStatus> {
-        if let Some(rooms) = self.rooms.get() {
+    /// Listens to what the machines of the cluster say of themselves, until the task is ended.
+    pub(crate) fn hear_of_machines(&self, cluster: &Cluster) -> JoinHandle<()> {
+        let machines = Arc::new(Machines::default());
+        let listening = machines.listen(cluster);
+        // There is one cluster.
+        let _ = self.machines.set((machines, cluster.name().to_owned()));
+        listening
+    }
+
+    /// The rooms of the seed of this process.
+    async fn own_rooms(&self) -> Vec<RoomStatus> {
+        match self.rooms.get() {
             // A seed that is shutting down has none any more.
-            return rooms.list().await.unwrap_or_default();
+            Some(rooms) => rooms.list().await.unwrap_or_default(),
+            None => Vec::new(),
+        }
+    }
+
+    /// The rooms of this machine, and in a cluster those of all: as whoever holds them says.
+    async fn rooms(&self) -> Vec<RoomStatus> {
+        let mut rooms: BTreeMap<String, RoomStatus> =
+            self.rooms_here().await.into_iter().map(|room| (room.name.clone(), room)).collect();
+        if let Some((machines, _)) = self.machines.get() {
+            for room in machines.rooms(Instant::now()) {
+                if rooms.get(&room.name).is_none_or(|known| known.elsewhere) {
+                    rooms.insert(room.name.clone(), room);
+                }
+            }
+        }
+        rooms.into_values().collect()
+    }
+
+    /// The rooms of the seed, in this process or another.
+    async fn rooms_here(&self) -> Vec<RoomStatus> {
+        if self.rooms.get().is_some() {
+            return self.own_rooms().await;
         }
         let Some(data) = self.others.get().map(|(_, data)| data.clone()) else { return Vec::new() };
         let asking = tokio::task::spawn_blocking(move || match AdminClient::connect(&data)?.ask(&Request::List)? {
@@ -175,13 +236,27 @@ impl Status {
         }
     }
 
+    /// The numbers of this process, of others on this machine, and of other machines.
     fn gather(&self) -> Sample {
+        let here =
+            self.numbers_of(|name, labels| self.others.get().map_or(0.0, |(others, _)| others.sum(name, labels)));
+        let Some((machines, own)) = self.machines.get() else { return here };
+        // Who is told of the other processes of this machine need not hear of them too.
+        let but = self.others.get().map(|_| &**own);
+        machines.numbers(but, Instant::now()).into_iter().fold(here, Sample::with)
+    }
+
+    /// The numbers of this process.
+    fn own_numbers(&self) -> Sample {
+        self.numbers_of(|_, _| 0.0)
+    }
+
+    /// The numbers of this process, and what is elsewhere of each metric.
+    fn numbers_of(&self, elsewhere: impl Fn(&str, &[&str]) -> f64) -> Sample {
         let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let families: Vec<MetricFamily> =
             services.iter().flat_map(|(_, telemetry)| telemetry.registry.gather()).collect();
-        let of = |name: &str, labels: &[&str]| {
-            sum(&families, name, labels) + self.others.get().map_or(0.0, |(others, _)| others.sum(name, labels))
-        };
+        let of = |name: &str, labels: &[&str]| sum(&families, name, labels) + elsewhere(name, labels);
         let dials = "homeport_relay_dials_total";
         let outcomes = "homeport_seed_link_outcomes_total";
         let reported = "homeport_relay_reported_links_total";
@@ -203,38 +278,54 @@ impl Status {
             || self.token.as_ref().zip(shown).is_some_and(|(token, shown)| same(token.as_bytes(), shown.as_bytes()))
     }
 
-    fn services(&self, details: bool) -> Vec<Value> {
+    /// The services of this process.
+    fn own_services(&self) -> Vec<ServiceStatus> {
         let services = self.services.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let service = |(name, telemetry): &(Option<&str>, Telemetry)| {
-            let name = (*name)?;
-            let mut state = "ok";
-            let parts: Vec<Value> = telemetry
-                .health
-                .parts()
-                .into_iter()
-                .map(|(part, how)| match how {
-                    PartState::Ok => json!({ "name": part, "state": "ok" }),
-                    PartState::Starting => {
-                        state = "starting";
-                        json!({ "name": part, "state": "starting" })
-                    }
-                    PartState::Degraded(reason) => {
-                        state = "degraded";
-                        json!({ "name": part, "state": "degraded", "reason": details.then_some(reason) })
-                    }
-                })
-                .collect();
-            Some(json!({ "name": name, "state": state, "parts": parts }))
+            let parts = telemetry.health.parts().into_iter().map(PartStatus::of).collect();
+            name.map(|name| ServiceStatus::new(name, parts))
         };
+        services.iter().filter_map(service).collect()
+    }
+
+    /// The services of this machine, as far as they are known.
+    fn services(&self, details: bool) -> Vec<ServiceStatus> {
         let others = self.others.get().map(|(others, _)| others.services(details));
-        services.iter().filter_map(service).chain(others.into_iter().flatten()).collect()
+        let all = self.own_services().into_iter().chain(others.into_iter().flatten());
+        all.map(|service| if details { service } else { service.without_reasons() }).collect()
+    }
+
+    /// The machines of the cluster; none without one.
+    fn machines(&self, details: bool) -> Vec<Machine> {
+        let Some((machines, own)) = self.machines.get() else { return Vec::new() };
+        let mut all = machines.all(Instant::now());
+        let here = self.services(true);
+        match all.iter_mut().find(|machine| machine.name == *own) {
+            Some(machine) => {
+                // What is known at first hand counts.
+                machine.services.retain(|heard| here.iter().all(|service| service.name != heard.name));
+                machine.services.splice(..0, here);
+            }
+            None => {
+                let version = env!("CARGO_PKG_VERSION").to_owned();
+                all.push(Machine { name: own.clone(), version, services: here });
+                all.sort_by(|one, other| one.name.cmp(&other.name));
+            }
+        }
+        if !details {
+            for machine in &mut all {
+                machine.services = machine.services.drain(..).map(ServiceStatus::without_reasons).collect();
+            }
+        }
+        all
     }
 
     fn numbers(&self) -> Value {
         let now = self.sample();
         let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = samples.iter().rev().nth(RECENT - 1).or(samples.front()).copied().unwrap_or_default();
-        let since = |now: (f64, f64), then: (f64, f64)| json!([now.0 - then.0, now.1 - then.1]);
+        // What was counted by a process that is gone is gone too.
+        let since = |now: (f64, f64), then: (f64, f64)| json!([(now.0 - then.0).max(0.0), (now.1 - then.1).max(0.0)]);
         let series = |value: fn(&Sample) -> f64| samples.iter().chain([&now]).map(value).collect::<Vec<_>>();
         // The share of each five minutes that end at a sample.
         let success: Vec<Value> = (0..samples.len())
@@ -245,7 +336,7 @@ impl Status {
                     sides.iter().fold((0.0, 0.0), |sum, side| (sum.0 + side.0, sum.1 + side.1))
                 };
                 let (ok, tried) = (all(now).0 - all(then).0, all(now).1 - all(then).1);
-                if tried >= 5.0 { json!(ok / tried) } else { Value::Null }
+                if tried >= 5.0 { json!((ok / tried).clamp(0.0, 1.0)) } else { Value::Null }
             })
             .collect();
         json!({
@@ -278,15 +369,17 @@ fn sum(families: &[MetricFamily], name: &str, labels: &[&str]) -> f64 {
 async fn document(State(status): State<Arc<Status>>, headers: HeaderMap) -> Response {
     let details = status.shows_details(&headers);
     let rooms = if details { status.rooms().await } else { Vec::new() };
+    let services = json!(status.services(details));
     let mut document = status.numbers();
     document["version"] = env!("CARGO_PKG_VERSION").into();
     document["details"] = details.into();
-    document["services"] = status.services(details).into();
+    document["services"] = services;
+    document["machines"] = json!(status.machines(details));
     document["rooms"] = rooms
         .iter()
         .map(|room| {
             json!({
-                "name": room.name, "paused": room.paused, "peers": room.peers, "links": room.links,
+                "name": room.name, "paused": room.paused, "held_by": room.held_by, "peers": room.peers, "links": room.links,
                 "nodes": room.nodes, "operations": room.logged_operations,
                 "cells": room.members_by_cell.iter().map(|cell| json!({ "members": cell.members, "bridged": cell.bridged })).collect::<Vec<_>>(),
             })
@@ -351,9 +444,9 @@ mod tests {
     fn reasons_are_details() {
         let status = Status::new(None, false);
         let telemetry = Telemetry::default();
-        telemetry.health.set("archive", PartState::Degraded("cannot write: /secret/place".into()));
+        telemetry.health.set("archive", service::State::Degraded("cannot write: /secret/place".into()));
         status.add(Some("seed"), telemetry);
-        assert_eq!(status.services(false)[0]["state"], "degraded");
+        assert_eq!(json!(status.services(false))[0]["state"], "degraded");
         assert!(!json!(status.services(false)).to_string().contains("secret"));
         assert!(json!(status.services(true)).to_string().contains("secret"));
     }

@@ -204,7 +204,7 @@ mod tests {
     fn credentials(rules: CredentialRules) -> TurnCredentials {
         let place = TurnPlace { host: "turn.example.com".into(), port: 3478, tls_port: Some(5349) };
         let server = TurnServer { place, region: None, weight: 1 };
-        TurnCredentials::new(Arc::new(TurnServers::new(vec![server], None)), "north".into(), rules)
+        TurnCredentials::new(Arc::new(TurnServers::new(vec![server], None, None)), "north".into(), rules)
     }
 
     fn rules() -> CredentialRules {

@@ -10,6 +10,7 @@ use prometheus::IntGauge;
 use rand::Rng as _;
 use serde::{Deserialize, Serialize};
 use service::{Cluster, Health, State};
+use sha2::{Digest as _, Sha256};
 use tokio::task::JoinHandle;
 
 use crate::client_config::is_host;
@@ -39,6 +40,18 @@ pub(crate) struct TurnServer {
     pub(crate) weight: u32,
 }
 
+/// Stands for a secret where that must not be seen: a server takes credentials that were made with a secret of its own.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub(crate) struct SecretPrint(String);
+
+impl SecretPrint {
+    pub(crate) fn of(secret: &str) -> Self {
+        let digest = Sha256::new_with_prefix("homeport turn secret").chain_update(secret).finalize();
+        Self(hex::encode(&digest[..8]))
+    }
+}
+
 /// What a TURN server says of itself.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Announcement {
@@ -50,6 +63,21 @@ struct Announcement {
     allocations: u64,
     /// Whether it can take more.
     serves: bool,
+    /// Its secrets; versions that do not say are taken to have ours.
+    #[serde(default)]
+    secrets: Option<Vec<SecretPrint>>,
+}
+
+/// A server that has said that it is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct KnownServer {
+    /// The name of its machine.
+    pub(crate) machine: String,
+    pub(crate) region: Option<String>,
+    /// Whether it can take more.
+    pub(crate) serves: bool,
+    /// Whether it takes the credentials that apps are given here.
+    pub(crate) takes_ours: bool,
 }
 
 #[derive(Debug)]
@@ -65,13 +93,23 @@ pub(crate) struct TurnServers {
     fixed: Vec<TurnServer>,
     /// The region of this machine, for apps that name none.
     region: Option<String>,
+    /// What the credentials are made with that apps are given.
+    secret: Option<SecretPrint>,
     /// By the name of their machine.
     announced: Mutex<HashMap<String, Announced>>,
 }
 
 impl TurnServers {
-    pub(crate) fn new(fixed: Vec<TurnServer>, region: Option<String>) -> Self {
-        Self { fixed, region, announced: Mutex::default() }
+    pub(crate) fn new(fixed: Vec<TurnServer>, region: Option<String>, secret: Option<SecretPrint>) -> Self {
+        Self { fixed, region, secret, announced: Mutex::default() }
+    }
+
+    /// Whether a server takes the credentials that apps are given.
+    fn takes_ours(&self, announcement: &Announcement) -> bool {
+        match (&self.secret, &announcement.secrets) {
+            (Some(ours), Some(theirs)) => theirs.contains(ours),
+            _ => true,
+        }
     }
 
     /// The servers for an app in `region`, the best first: those near it, and of them those with least to do.
@@ -88,7 +126,8 @@ impl TurnServers {
         };
         self.fixed.iter().for_each(|server| rank(server, 0));
         for Announced { announcement, heard } in self.lock().values() {
-            if announcement.serves && now.saturating_duration_since(*heard) < GONE_AFTER {
+            let is_there = now.saturating_duration_since(*heard) < GONE_AFTER;
+            if announcement.serves && is_there && self.takes_ours(announcement) {
                 rank(&announcement.server, announcement.allocations);
             }
         }
@@ -103,6 +142,22 @@ impl TurnServers {
         best
     }
 
+    /// Listens for as long as it takes for every server of the cluster to have spoken.
+    pub(crate) async fn gather(self: &Arc<Self>, cluster: &Cluster) -> Vec<KnownServer> {
+        let listening = self.listen(cluster);
+        tokio::time::sleep(ANNOUNCE_EVERY + ANNOUNCE_EVERY / 4).await;
+        listening.abort();
+        let known = |Announced { announcement, .. }: &Announced| KnownServer {
+            machine: announcement.name.clone(),
+            region: announcement.server.region.clone(),
+            serves: announcement.serves,
+            takes_ours: self.takes_ours(announcement),
+        };
+        let mut all: Vec<KnownServer> = self.lock().values().map(known).collect();
+        all.sort_by(|one, other| one.machine.cmp(&other.machine));
+        all
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Announced>> {
         self.announced.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -110,6 +165,10 @@ impl TurnServers {
     fn hear(&self, announcement: Announcement, now: Instant) {
         let mut announced = self.lock();
         announced.retain(|_, other| now.saturating_duration_since(other.heard) < GONE_AFTER);
+        if !announced.contains_key(&announcement.name) && !self.takes_ours(&announcement) {
+            let name = announcement.name.escape_debug();
+            tracing::warn!(%name, "the TURN server of a machine has another turn.secret than this one: apps are not told of it");
+        }
         if announced.len() < MAX_ANNOUNCED || announced.contains_key(&announcement.name) {
             announced.insert(announcement.name.clone(), Announced { announcement, heard: now });
         }
@@ -141,6 +200,7 @@ impl TurnServers {
 pub(crate) struct Announcer {
     cluster: Cluster,
     server: TurnServer,
+    secrets: Vec<SecretPrint>,
     allocations: IntGauge,
     health: Health,
     /// The list of this very process, which does not hear itself.
@@ -151,11 +211,13 @@ impl Announcer {
     pub(crate) fn new(
         cluster: Cluster,
         server: TurnServer,
+        secrets: &[String],
         turn: &turn_server::Server,
         own: Option<Arc<TurnServers>>,
     ) -> Arc<Self> {
         let (allocations, health) = (turn.allocations().clone(), turn.telemetry().health.clone());
-        Arc::new(Self { cluster, server, allocations, health, own })
+        let secrets = secrets.iter().map(|secret| SecretPrint::of(secret)).collect();
+        Arc::new(Self { cluster, server, secrets, allocations, health, own })
     }
 
     /// Goes on saying that the server is there, until it is aborted.
@@ -189,6 +251,7 @@ impl Announcer {
             server: self.server.clone(),
             allocations: u64::try_from(self.allocations.get()).unwrap_or(0),
             serves,
+            secrets: Some(self.secrets.clone()),
         };
         if let Some(own) = &self.own {
             own.hear(announcement.clone(), Instant::now());
@@ -219,7 +282,7 @@ mod tests {
     #[test]
     fn the_nearest_comes_first_and_another_region_behind_it() {
         let fixed = vec![server("eu", Some("eu"), 1), server("us", Some("us"), 1), server("as", Some("as"), 1)];
-        let servers = TurnServers::new(fixed, Some("us".into()));
+        let servers = TurnServers::new(fixed, Some("us".into()), None);
         let now = Instant::now();
         assert_eq!(hosts(&servers, Some("eu"), now)[0], "eu");
         assert_eq!(hosts(&servers, None, now)[0], "us", "this machine's own region");
@@ -228,7 +291,7 @@ mod tests {
 
     #[test]
     fn of_equals_each_has_its_share() {
-        let servers = TurnServers::new(vec![server("large", None, 9), server("small", None, 1)], None);
+        let servers = TurnServers::new(vec![server("large", None, 9), server("small", None, 1)], None, None);
         let now = Instant::now();
         let small = (0..2_000).filter(|_| hosts(&servers, None, now)[0] == "small").count();
         assert!((100..320).contains(&small), "{small} of 2000, where a tenth was meant");
@@ -236,10 +299,11 @@ mod tests {
 
     #[test]
     fn who_is_busy_comes_later_and_who_drains_or_is_silent_not_at_all() {
-        let servers = TurnServers::new(Vec::new(), None);
+        let servers = TurnServers::new(Vec::new(), None, None);
         let start = Instant::now();
         let say = |name: &str, allocations, serves, at| {
-            let announcement = Announcement { name: name.into(), server: server(name, None, 1), allocations, serves };
+            let server = server(name, None, 1);
+            let announcement = Announcement { name: name.into(), server, allocations, serves, secrets: None };
             // As it travels.
             let text = serde_json::to_string(&announcement).unwrap();
             servers.hear(serde_json::from_str(&text).unwrap(), at);
@@ -253,5 +317,17 @@ mod tests {
         say("new", 0, true, later);
         assert_eq!(hosts(&servers, None, later), ["new"]);
         assert_eq!(servers.lock().len(), 1, "who is gone is forgotten");
+    }
+
+    #[test]
+    fn of_servers_with_another_secret_nobody_is_told() {
+        let servers = TurnServers::new(Vec::new(), None, Some(SecretPrint::of("new")));
+        let now = Instant::now();
+        for (name, secrets) in [("ours", &["old", "new"][..]), ("another's", &["theirs"]), ("nobody's", &[])] {
+            let secrets = Some(secrets.iter().map(|secret| SecretPrint::of(secret)).collect());
+            let server = server(name, None, 1);
+            servers.hear(Announcement { name: name.into(), server, allocations: 0, serves: true, secrets }, now);
+        }
+        assert_eq!(hosts(&servers, None, now), ["ours"]);
     }
 }

@@ -174,10 +174,9 @@ impl Replication {
             subjects: vec![SUBJECT.into()],
             // What a relay keeps at most: what is older is in their stores.
             max_bytes: i64::try_from(self.max_bytes).unwrap_or(i64::MAX),
-            num_replicas: self.cluster.replicas(),
             ..stream::Config::default()
         };
-        self.cluster.jetstream().get_or_create_stream(config).await.map_err(Failure::of)
+        self.cluster.keep(config).await.map_err(Failure::of)
     }
 
     /// Sends what is in the journal, for ever.

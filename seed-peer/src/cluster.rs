@@ -7,6 +7,7 @@
 
 mod keeper;
 mod leases;
+mod overview;
 mod seat;
 mod snapshot;
 mod stream;
@@ -16,6 +17,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 pub(crate) use keeper::{Keeper, KeeperCommand};
+pub use overview::Overview;
 pub(crate) use stream::{RoomStream, StreamError};
 pub use transfer::{Transfer, TransferError, fetch_rooms, found_rooms};
 

@@ -33,7 +33,7 @@ pub use backup::{
 };
 pub use cells::{Bridge, CellsConfig};
 pub use check::CheckRoom;
-pub use cluster::{LEASES, SNAPSHOTS, SharedRooms, Transfer, TransferError, fetch_rooms, found_rooms};
+pub use cluster::{LEASES, Overview, SNAPSHOTS, SharedRooms, Transfer, TransferError, fetch_rooms, found_rooms};
 pub use history::{
     Difference, Doubtful, Entry, EntryKind, History, HistoryError, Moment, MomentError, PastRoom, Restoration,
     RoomIntegrity, Verification, check_archive, diff, restoration,

@@ -1,5 +1,7 @@
 //! The connection with the other machines of a cluster, over NATS.
 
+pub mod kept;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;

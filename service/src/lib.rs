@@ -10,6 +10,7 @@ pub mod settings;
 pub mod tls;
 pub mod web_listener;
 
+pub use cluster::kept::{Behind, KeepError, Kept};
 pub use cluster::{Cluster, ClusterConfig, ClusterError, ClusterLogin};
 pub use health::{Health, State};
 pub use listen::BindError;

@@ -92,6 +92,11 @@ impl ClusterSettings {
 }
 
 impl Settings {
+    /// Whether there are rooms here that the machines of the cluster share.
+    pub(crate) fn has_shared_rooms(&self) -> bool {
+        self.cluster.nats.is_some() && self.cluster.shares_rooms() && !self.seed.room.is_empty()
+    }
+
     /// How to reach the other machines of the cluster, if there is one.
     pub(crate) fn cluster(&self) -> Result<Option<ClusterConfig>, SettingsError> {
         let settings = &self.cluster;

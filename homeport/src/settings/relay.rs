@@ -42,7 +42,7 @@ pub(crate) struct RelaySettings {
     /// per address.
     pub(super) trusted_proxy_header: Option<String>,
     /// Whether events that are not ephemeral are kept, in the folder `events` of `seed.data`; signalling needs none.
-    store: bool,
+    pub(crate) store: bool,
     /// Bytes that kept events may take.
     store_max_bytes: usize,
     /// How far the clocks of two clients may be apart before a `since` costs an ephemeral event.

@@ -15,7 +15,7 @@ use super::{OneOrMany, Settings, everywhere};
 use crate::client_config::{is_host, printed};
 use crate::summary::TurnSummary;
 use crate::turn_credentials::{CredentialRules, TurnPlace};
-use crate::turn_servers::{TurnServer, TurnServers};
+use crate::turn_servers::{SecretPrint, TurnServer, TurnServers};
 
 /// `[turn]`
 #[derive(Clone, Serialize, Deserialize)]
@@ -241,7 +241,8 @@ impl Settings {
             None if !in_cluster && fixed.is_empty() => fixed.push(self.turn_server(self.turn_place().await?)),
             _ => {}
         }
-        Ok(TurnServers::new(fixed, self.turn.region.clone()))
+        let secret = self.turn_credentials().secrets.first().map(|secret| SecretPrint::of(secret));
+        Ok(TurnServers::new(fixed, self.turn.region.clone(), secret))
     }
 
     /// Who gets credentials for TURN.

@@ -297,27 +297,21 @@ impl Keeping {
 /// The bucket, made when there is none, what is and comes in it, and whether nothing is.
 async fn open(cluster: service::Cluster) -> Result<(Store, Watch, bool), String> {
     let jetstream = cluster.jetstream();
-    let store = match jetstream.get_key_value(LEASES).await {
-        Ok(store) => store,
-        Err(_) => {
-            // What a bucket is underneath. The library's own way asks the server for something else first, whose answer by
-            // servers before 2.10 it does not understand.
-            let config = stream::Config {
-                name: format!("KV_{LEASES}"),
-                description: Some("which seed of Homeport holds which room".into()),
-                subjects: vec![format!("$KV.{LEASES}.>")],
-                max_messages_per_subject: 1,
-                discard: stream::DiscardPolicy::New,
-                allow_rollup: true,
-                deny_delete: true,
-                allow_direct: true,
-                num_replicas: cluster.replicas(),
-                ..stream::Config::default()
-            };
-            jetstream.get_or_create_stream(config).await.map_err(|error| error.to_string())?;
-            jetstream.get_key_value(LEASES).await.map_err(|error| error.to_string())?
-        }
+    // What a bucket is underneath. The library's own way asks the server for something else first, whose answer by servers
+    // before 2.10 it does not understand.
+    let config = stream::Config {
+        name: format!("KV_{LEASES}"),
+        description: Some("which seed of Homeport holds which room".into()),
+        subjects: vec![format!("$KV.{LEASES}.>")],
+        max_messages_per_subject: 1,
+        discard: stream::DiscardPolicy::New,
+        allow_rollup: true,
+        deny_delete: true,
+        allow_direct: true,
+        ..stream::Config::default()
     };
+    cluster.keep(config).await.map_err(|error| error.to_string())?;
+    let store = jetstream.get_key_value(LEASES).await.map_err(|error| error.to_string())?;
     let watch = store.watch_with_history(">").await.map_err(|error| error.to_string())?;
     let is_empty = store.status().await.map_err(|error| error.to_string())?.values() == 0;
     Ok((store, watch, is_empty))

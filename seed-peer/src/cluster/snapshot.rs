@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use async_nats::jetstream::object_store::{self, GetErrorKind, ObjectStore};
+use async_nats::jetstream::object_store::{GetErrorKind, ObjectStore};
+use async_nats::jetstream::stream;
 use serde::{Deserialize, Serialize};
 use service::Cluster;
 use tokio::io::AsyncReadExt as _;
@@ -79,17 +80,18 @@ impl Snapshots {
     }
 
     async fn store(&self) -> Result<ObjectStore, SnapshotError> {
-        let jetstream = self.cluster.jetstream();
-        if let Ok(store) = jetstream.get_object_store(SNAPSHOTS).await {
-            return Ok(store);
-        }
-        let config = object_store::Config {
-            bucket: SNAPSHOTS.into(),
+        // What an object store is underneath.
+        let config = stream::Config {
+            name: format!("OBJ_{SNAPSHOTS}"),
             description: Some("snapshots of rooms of Homeport's seeds".into()),
-            num_replicas: self.cluster.replicas(),
-            ..object_store::Config::default()
+            subjects: vec![format!("$O.{SNAPSHOTS}.C.>"), format!("$O.{SNAPSHOTS}.M.>")],
+            discard: stream::DiscardPolicy::New,
+            allow_rollup: true,
+            allow_direct: true,
+            ..stream::Config::default()
         };
-        jetstream.create_object_store(config).await.map_err(SnapshotError::of)
+        self.cluster.keep(config).await.map_err(SnapshotError::of)?;
+        self.cluster.jetstream().get_object_store(SNAPSHOTS).await.map_err(SnapshotError::of)
     }
 
     /// The newest snapshot, if there is one.

@@ -127,10 +127,9 @@ impl RoomStream {
             name: self.name.clone(),
             description: Some(self.description.clone()),
             subjects: vec![self.subject.clone()],
-            num_replicas: self.cluster.replicas(),
             ..stream::Config::default()
         };
-        let stream = self.cluster.jetstream().get_or_create_stream(config).await.map_err(StreamError::of)?;
+        let stream = self.cluster.keep(config).await.map_err(StreamError::of)?;
         // Of a stream that was there, what it said first may be old by now.
         let info = stream.get_info().await.map_err(StreamError::of)?;
         let standing = Standing {

@@ -1,14 +1,16 @@
 //! The other processes of this Homeport: how they are, by what they say on their metrics listeners.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
-use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+
+use super::service_status::{PartStatus, ServiceStatus, Shown};
 
 /// How long one may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -25,7 +27,7 @@ struct Other {
     /// Which service it runs; not known before it has answered once.
     name: Option<&'static str>,
     /// Its parts as it names them, or why it does not answer.
-    parts: Result<Value, String>,
+    parts: Result<Vec<PartStatus>, String>,
     /// Its metrics, in Prometheus's text.
     metrics: String,
 }
@@ -63,33 +65,15 @@ impl Others {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = all;
     }
 
-    /// How they are, in the form of `/status.json`; reasons are details.
-    pub(crate) fn services(&self, details: bool) -> Vec<Value> {
+    /// How they are; where they are is a detail, as reasons are.
+    pub(super) fn services(&self, details: bool) -> Vec<ServiceStatus> {
         let service = |other: Other| {
             let name = other.name.map_or_else(|| format!("the service at {}", other.address), str::to_owned);
             let name = if details { name } else { other.name.unwrap_or("another service").to_owned() };
-            match other.parts {
-                Ok(parts) => {
-                    let state_of = |part: &Value| part["state"].as_str().unwrap_or("degraded").to_owned();
-                    let parts: Vec<Value> = parts
-                        .as_object()
-                        .into_iter()
-                        .flatten()
-                        .map(|(part, how)| {
-                            let reason = details.then(|| how["reason"].clone()).filter(|reason| !reason.is_null());
-                            json!({ "name": part, "state": state_of(how), "reason": reason })
-                        })
-                        .collect();
-                    let states: Vec<String> = parts.iter().map(state_of).collect();
-                    let worst =
-                        ["degraded", "starting"].into_iter().find(|bad| states.iter().any(|state| state == bad));
-                    json!({ "name": name, "state": worst.unwrap_or("ok"), "parts": parts })
-                }
-                Err(reason) => {
-                    let part = json!({ "name": "the process", "state": "down", "reason": details.then_some(reason) });
-                    json!({ "name": name, "state": "down", "parts": [part] })
-                }
-            }
+            let parts = other.parts.unwrap_or_else(|reason| {
+                vec![PartStatus { name: "the process".into(), state: Shown::Down, reason: Some(reason) }]
+            });
+            ServiceStatus::new(name, parts)
         };
         self.all().into_iter().map(service).collect()
     }
@@ -120,14 +104,20 @@ fn service_of(metrics: &str) -> Option<&'static str> {
         .find(|service| metrics.lines().any(|line| line.starts_with(&format!("homeport_{service}_"))))
 }
 
-async fn ask(address: SocketAddr) -> anyhow::Result<(Value, String)> {
+async fn ask(address: SocketAddr) -> anyhow::Result<(Vec<PartStatus>, String)> {
     #[derive(Deserialize)]
     struct Report {
-        parts: Value,
+        parts: BTreeMap<String, Part>,
+    }
+    #[derive(Deserialize)]
+    struct Part {
+        state: Shown,
+        reason: Option<String>,
     }
     let report: Report =
         serde_json::from_str(&get(address, "/healthz").await?).context("what answers there is no Homeport")?;
-    Ok((report.parts, get(address, "/metrics").await?))
+    let part = |(name, Part { state, reason })| PartStatus { name, state, reason };
+    Ok((report.parts.into_iter().map(part).collect(), get(address, "/metrics").await?))
 }
 
 async fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
@@ -172,15 +162,15 @@ mod tests {
         let others = Others::new(&[server.address()]);
         others.look().await;
         assert_eq!(others.sum("homeport_seed_links", &[]), 5.0);
-        let shown = json!(others.services(true)).to_string();
-        assert!(shown.contains("\"seed\"") && shown.contains("degraded") && shown.contains("/secret"), "{shown}");
-        assert!(!json!(others.services(false)).to_string().contains("/secret"));
+        let part = PartStatus {
+            name: "archive".into(),
+            state: Shown::Degraded,
+            reason: Some("the disk at /secret is full".into()),
+        };
+        assert_eq!(others.services(true), [ServiceStatus::new("seed", vec![part])]);
         server.shutdown().await;
         others.look().await;
-        assert_eq!(others.services(false)[0]["state"], "down");
-        assert_eq!(
-            (others.services(false)[0]["name"].as_str(), others.sum("homeport_seed_links", &[])),
-            (Some("seed"), 0.0)
-        );
+        let gone = &others.services(false)[0];
+        assert_eq!((gone.state, &*gone.name, others.sum("homeport_seed_links", &[])), (Shown::Down, "seed", 0.0));
     }
 }
