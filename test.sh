@@ -57,6 +57,7 @@ cargo test --workspace --locked
 
 step "deployment files"
 promtool check config deploy/prometheus/prometheus.yml
+promtool check config --syntax-only deploy/cluster/prometheus.yml
 promtool test rules deploy/prometheus/rules.test.yml
 if command -v systemd-analyze >/dev/null; then
   # Of what systemd knows to restrict, a tenth to two tenths is what a network service needs.
@@ -73,6 +74,9 @@ npm ci --no-audit --no-fund
 .venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 .venv/bin/python ../grafana/make-alerts.py --check
 .venv/bin/docker-compose --file ../docker-compose.yml --profile bridge --profile proxy config --quiet
+HOMEPORT_CLUSTER__PASSWORD=x NATS_ROUTE_PASSWORD=x HOMEPORT_TURN__SECRET=x .venv/bin/docker-compose \
+  --file ../docker-compose.yml --file ../deploy/cluster/docker-compose.yml --env-file ../deploy/cluster/env.example \
+  --profile watch config --quiet
 .venv/bin/hadolint ../deploy/Dockerfile
 # Of what is loaded into real browsers, one file at a time: they share two cores.
 node --test --test-concurrency=1 --test-reporter=spec

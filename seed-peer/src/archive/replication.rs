@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 use super::compaction::replay;
 use super::entry::{self, LogEntry};
 use super::graph::{RoomGraph, signed, unsigned};
-use super::writer::Writer;
+use super::writer::{Writer, is_of_the_disk};
 use super::{Reply, Request, RoomKey, room_rows};
 use crate::backup::{BackupError, Room, RoomBeing, Segment};
 use crate::cluster::{RoomStream, StreamError};
@@ -290,8 +290,16 @@ impl Writer {
                 let _ = respond.send(adopt(&self.file.connection, room, stream, 0).map_err(failed));
             }
             Request::TakeOver { room, entries, message, respond } => {
-                let taken = self.take_over(room, &entries, message);
-                let _ = respond.send(taken.map_err(|error| RoomError::Archive(error.to_string())));
+                let taken = self.take_over(room, &entries, message).map_err(|error| {
+                    let error = CommitError::from(error);
+                    if let CommitError::TakeOver(TakeOverError::Database(cause)) = &error
+                        && is_of_the_disk(cause)
+                    {
+                        self.refused(Vec::new(), &error);
+                    }
+                    RoomError::Archive(error.to_string())
+                });
+                let _ = respond.send(taken);
             }
             Request::SetAside { room, name, respond } => {
                 let done = self.in_one(|connection| set_aside(connection, room, &name));

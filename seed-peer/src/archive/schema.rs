@@ -10,7 +10,7 @@ use rusqlite::{Connection, OpenFlags};
 const APPLICATION_ID: i32 = 0x486d_5074;
 
 /// The version of the tables below (`PRAGMA user_version`).
-const VERSION: i32 = 4;
+pub(super) const VERSION: i32 = 4;
 
 /// Pages of the file that each connection keeps in memory, in KiB.
 const WRITER_CACHE_KIB: i64 = 6 * 1024;

@@ -472,6 +472,25 @@ fn a_disk_that_refuses_is_waited_for_and_nothing_is_lost() {
     assert_eq!(archive.graph().iter().count(), 3);
 }
 
+#[test]
+fn a_disk_that_refuses_what_is_another_s_to_write_by_now_is_still_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let archive = Fixture::open(folder.path(), Bounds::default());
+    let blocker = rusqlite::Connection::open(folder.path().join(super::schema::FILE_NAME)).unwrap();
+    blocker.execute_batch("BEGIN IMMEDIATE").unwrap();
+    archive.merge(&[put(1, 1)]);
+    wait_until(|| matches!(archive.health.parts()["archive"], State::Degraded(_)));
+    let (respond, released) = tokio::sync::oneshot::channel();
+    archive.archive.as_ref().unwrap().release_room(archive.room, respond);
+    released.blocking_recv().unwrap().unwrap();
+    let failures = archive.metrics.archive_failures.get();
+    // Nothing waits any more, but the disk still refuses.
+    assert!(matches!(archive.health.parts()["archive"], State::Degraded(_)));
+    blocker.execute_batch("ROLLBACK").unwrap();
+    wait_until(|| archive.health.parts()["archive"] == State::Ok);
+    assert_eq!(archive.metrics.archive_failures.get(), failures);
+}
+
 /// Waits for what another thread does; fails rather than waiting for ever.
 fn wait_until(condition: impl Fn() -> bool) {
     for _ in 0..1_000 {

@@ -15,7 +15,7 @@ use super::graph::{RoomState, signed};
 use super::reader::Reader;
 use super::replication::{CommitError, Shipping};
 use super::schema::ArchiveFile;
-use super::{ArchiveConfig, Asker, Checked, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows};
+use super::{ArchiveConfig, Asker, Checked, Reply, Request, RoomKey, Shared, compaction, health_ok, room_rows, schema};
 use crate::backup::RoomBeing;
 use crate::links::LinkId;
 use crate::metrics::Metrics;
@@ -49,8 +49,10 @@ pub(super) struct Writer {
     pub(super) metrics: Metrics,
     health: Health,
     shared: Arc<Shared>,
-    /// Requests that the disk refused and that are tried again.
+    /// Requests that the disk, or the cluster, refused and that are tried again.
     held: Vec<Request>,
+    /// Whether the last thing that was to be written was refused.
+    is_refusing: bool,
     pub(super) refusals: Notices<(i64, &'static str)>,
     /// The log entry up to which each room's rules have seen everything.
     pub(super) governed: HashMap<RoomKey, u64>,
@@ -85,6 +87,7 @@ impl Writer {
             health,
             shared,
             held: Vec::new(),
+            is_refusing: false,
             refusals: Notices::default(),
             governed: HashMap::new(),
             shipping,
@@ -111,22 +114,23 @@ impl Writer {
     pub(super) fn run(&mut self, requests: &Receiver<Request>) {
         let mut busy = false;
         loop {
-            let wait = match (self.held.is_empty(), self.config.keep) {
-                (false, _) => RETRY,
-                (true, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()).min(IDLE),
-                (true, None) => IDLE,
+            let wait = match (self.is_refusing, self.config.keep) {
+                (true, _) => RETRY,
+                (false, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()).min(IDLE),
+                (false, None) => IDLE,
             };
             match requests.recv_timeout(wait) {
                 Ok(first) => {
                     self.gather(first, requests);
                     busy = true;
                 }
-                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => {
+                Err(RecvTimeoutError::Timeout) if !self.is_refusing => {
                     if std::mem::take(&mut busy) {
                         self.shrink();
                     }
                     self.compact();
                 }
+                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => self.try_disk(),
                 Err(RecvTimeoutError::Timeout) => self.commit(Vec::new()),
                 Err(RecvTimeoutError::Disconnected) => break,
             }
@@ -210,7 +214,6 @@ impl Writer {
         if batch.is_empty() && self.held.is_empty() {
             return;
         }
-        let refusing = !self.held.is_empty();
         let mut all = std::mem::take(&mut self.held);
         all.extend(batch);
         let start = Instant::now();
@@ -224,6 +227,8 @@ impl Writer {
                 if !rooms.is_empty() {
                     self.metrics.archive_commit_seconds.observe(start.elapsed().as_secs_f64());
                 }
+                // What writes nothing does not show that anything can be written.
+                let shows_that_it_writes = !rooms.is_empty();
                 for state in rooms.into_values() {
                     let room = RoomKey(state.id);
                     let (first, last) = (self.rooms.get(&room).map_or(0, |before| before.seq) + 1, state.seq);
@@ -241,11 +246,9 @@ impl Writer {
                 for reply in replies {
                     self.reply(reply);
                 }
-                if refusing {
-                    tracing::info!("the archive writes again");
+                if shows_that_it_writes || !self.is_refusing {
+                    self.writes();
                 }
-                health_ok(&self.health);
-                self.report_missed();
             }
             Err(error) => self.refused(all, &error),
         }
@@ -339,12 +342,31 @@ impl Writer {
         Ok(())
     }
 
+    /// What was to be written is.
+    fn writes(&mut self) {
+        if std::mem::take(&mut self.is_refusing) {
+            tracing::info!("the archive writes again");
+        }
+        health_ok(&self.health);
+        self.report_missed();
+    }
+
+    /// Writes what stands there anyway: what was refused is not ours to write any more, but whether anything can be
+    /// written is still to be known.
+    fn try_disk(&mut self) {
+        match self.file.connection.pragma_update(None, "user_version", schema::VERSION) {
+            Ok(()) => self.writes(),
+            Err(error) => tracing::debug!(%error, "the archive still cannot write"),
+        }
+    }
+
     /// The disk refuses: keep what is to be written, answer what can be answered.
-    fn refused(&mut self, batch: Vec<Request>, error: &CommitError) {
+    pub(super) fn refused(&mut self, batch: Vec<Request>, error: &CommitError) {
         let reason = format!("cannot write: {error}");
         if self.health.set("archive", State::Degraded(reason)) {
             tracing::error!(%error, "the archive cannot write; it keeps what it has and tries again every second");
         }
+        self.is_refusing = true;
         self.metrics.archive_failures.inc();
         // What was committed before may still stand in the write-ahead log; in the file itself it takes less room.
         if let Err(error) = self.file.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
@@ -475,7 +497,7 @@ fn outdated_states(batch: &[Request]) -> Vec<bool> {
 }
 
 /// Whether an error will pass when the disk has space or works again.
-fn is_of_the_disk(error: &rusqlite::Error) -> bool {
+pub(super) fn is_of_the_disk(error: &rusqlite::Error) -> bool {
     matches!(
         error.sqlite_error_code(),
         Some(

@@ -90,7 +90,11 @@ impl Copy {
             return Ok(());
         }
         let mut tail = Tail::new(&stream, message).await?;
-        while let Some(Taken { message, batch }) = tail.next().await? {
+        loop {
+            let taken = if to_end.is_some() { tail.next_there_is().await? } else { tail.next().await? };
+            let Some(Taken { message, batch }) = taken else {
+                return Err(StreamError::JetStream("the stream ends".into()).into());
+            };
             if let Some(entries) = batch {
                 self.archive.take_over(self.key, entries, message).await?;
             }
@@ -98,7 +102,6 @@ impl Copy {
                 return Ok(());
             }
         }
-        Err(StreamError::JetStream("the stream ends".into()).into())
     }
 
     /// Makes the archive one of the stream, and returns behind which message it goes on.

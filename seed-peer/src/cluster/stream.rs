@@ -4,6 +4,7 @@
 //! and whether it is its last. A batch whose last message never came is none.
 
 use std::io::{Read as _, Write as _};
+use std::time::Duration;
 
 use async_nats::jetstream::consumer::{DeliverPolicy, pull};
 use async_nats::jetstream::context::PublishErrorKind;
@@ -23,6 +24,8 @@ const FIRST: u8 = 1;
 const LAST: u8 = 2;
 /// Bytes of a message of a batch, at most; servers of NATS take 1 MiB unless set otherwise.
 const CHUNK: usize = 512 << 10;
+/// How long a message may take to come that is in the stream: its server may have just died.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes that a batch may have, inflated: more is not one of ours.
 const MAX_BATCH: u64 = 1 << 30;
 
@@ -176,7 +179,7 @@ impl RoomStream {
         let mut batches = Vec::new();
         if standing.last > after {
             let mut tail = Tail::new(&stream, after).await?;
-            while let Some(Taken { message, batch }) = tail.next().await? {
+            while let Some(Taken { message, batch }) = tail.next_there_is().await? {
                 batches.extend(batch.map(|entries| (entries, message)));
                 if message >= standing.last {
                     break;
@@ -215,6 +218,12 @@ impl Tail {
         let consumer = stream.create_consumer(consumer).await.map_err(StreamError::of)?;
         let messages = consumer.messages().await.map_err(StreamError::of)?;
         Ok(Self { messages, assembler: Assembler::default() })
+    }
+
+    /// The next message, of which it is known that there is one.
+    pub(super) async fn next_there_is(&mut self) -> Result<Option<Taken>, StreamError> {
+        let waited = tokio::time::timeout(PATIENCE, self.next()).await;
+        waited.unwrap_or_else(|_| Err(StreamError::JetStream("a message that is there does not come".into())))
     }
 
     /// The next message, once there is one.
