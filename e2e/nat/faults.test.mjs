@@ -13,7 +13,7 @@ import { promisify } from 'node:util';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
 import { binary, TURN_USER } from '../lib/homeport.mjs';
 import { Lab, SERVER, unable } from './lab.mjs';
-import { archived, difference, model, write } from './writing.mjs';
+import { archived, difference, model, SmallDisk, write } from './writing.mjs';
 
 const run = promisify(execFile);
 const here = dirname(fileURLToPath(import.meta.url));
@@ -80,7 +80,9 @@ test('what pages write outlives everything that can happen to services and netwo
   console.log(`faults: HOMEPORT_FAULTS_SEED=${start}, ${seconds} s`);
   const lab = await Lab.start();
   const browsers = [];
+  let disk;
   try {
+    disk = await SmallDisk.mount(join(lab.folder, 'data'), 64);
     const house = await House.of(lab);
     const services = [...Array.from({ length: RELAYS }, (_, index) => `relay ${index}`), 'turn', 'seed'];
     for (const name of services) await house.start(name);
@@ -122,6 +124,7 @@ test('what pages write outlives everything that can happen to services and netwo
         await wait(between(2_000, 8_000));
         await house.strain('seed', {});
       },
+      "the seed's disk is full": async () => { await disk.fill(); await wait(between(4_000, 10_000)); await disk.free(); },
       'a clock is set by hours': async () => {
         const name = services[between(0, services.length)];
         await house.strain(name, { clockSeconds: between(-5 * 3_600, 5 * 3_600) });
@@ -163,6 +166,7 @@ test('what pages write outlives everything that can happen to services and netwo
     console.log(`faults: ${writes} writes, ${expected.size} nodes, ${JSON.stringify(happened)}; the same after ms: ${JSON.stringify(agreed)}`);
   } finally {
     for (const browser of browsers) await browser.close();
+    disk?.unmount();
     await lab.stop();
   }
 });

@@ -1,5 +1,7 @@
 // Pages that write all the time, and what there must be in the end.
-import { execFile } from 'node:child_process';
+import { execFile, execFileSync } from 'node:child_process';
+import { mkdir, open, rm } from 'node:fs/promises';
+import { join } from 'node:path';
 import { promisify } from 'node:util';
 import { binary } from '../lib/homeport.mjs';
 
@@ -51,6 +53,32 @@ export function difference(expected, held) {
   const wrong = [...held].filter(([id, value]) => !expected.get(id)?.some(one => JSON.stringify(one) === JSON.stringify(value)))
     .map(([id, value]) => `${id} is ${JSON.stringify(value)} and not ${JSON.stringify(expected.get(id))}`);
   return [...wrong, ...[...expected.keys()].filter(id => !held.has(id)).map(id => `${id} is missing`)];
+}
+
+/** A disk of an archive's own, small enough to be filled. Needs root. */
+export class SmallDisk {
+  static async mount(folder, mib) {
+    await mkdir(folder, { recursive: true });
+    execFileSync('mount', ['-t', 'tmpfs', '-o', `size=${mib}m`, 'tmpfs', folder], { stdio: 'pipe' });
+    return Object.assign(new SmallDisk(), { folder, filler: join(folder, 'filler') });
+  }
+
+  /** Leaves no byte. What stands in the archive's write-ahead log already can be written over for a while. */
+  async fill() {
+    const file = await open(this.filler, 'w');
+    try {
+      for (;;) await file.write(Buffer.alloc(64 << 10));
+    } catch (error) {
+      if (error.code !== 'ENOSPC') throw error;
+    } finally {
+      await file.close();
+    }
+  }
+
+  async free() { await rm(this.filler); }
+
+  /** Is gone as soon as nobody uses it. */
+  unmount() { execFileSync('umount', ['--lazy', this.folder]); }
 }
 
 /** What an archive holds of a room, also while a seed runs on it. */

@@ -95,21 +95,25 @@ impl Machines {
     /// The machines, by name, with all that runs on each.
     pub(super) fn all(&self, now: Instant) -> Vec<Machine> {
         let mut all: BTreeMap<String, Machine> = BTreeMap::new();
-        for (announcement, at) in self.lock().values() {
-            let silence = now.saturating_duration_since(*at);
-            let Announcement { machine, version, services, .. } = announcement.clone();
-            let services = services.into_iter().map(|service| {
-                if silence < SILENT {
-                    return service;
+        let heard = self.lock();
+        let silence = |at: &Instant| now.saturating_duration_since(*at);
+        let (live, silent): (Vec<&Heard>, Vec<&Heard>) = heard.values().partition(|(_, at)| silence(at) < SILENT);
+        for (announcement, at) in live.into_iter().chain(silent) {
+            let Announcement { machine: name, version, services, .. } = announcement.clone();
+            let new = Machine { name: name.clone(), version, services: Vec::new() };
+            let machine = all.entry(name).or_insert(new);
+            if silence(at) < SILENT {
+                machine.services.extend(services);
+                continue;
+            }
+            for ServiceStatus { name, .. } in services {
+                // Of a process that is gone, another may have taken over the work.
+                if machine.services.iter().all(|known| known.name != name) {
+                    let reason = Some(format!("nothing was heard of it for {} s", silence(at).as_secs()));
+                    let part = PartStatus { name: "the process".into(), state: Shown::Down, reason };
+                    machine.services.push(ServiceStatus::new(name, vec![part]));
                 }
-                let reason = Some(format!("nothing was heard of it for {} s", silence.as_secs()));
-                ServiceStatus::new(
-                    service.name,
-                    vec![PartStatus { name: "the process".into(), state: Shown::Down, reason }],
-                )
-            });
-            let name = machine.clone();
-            all.entry(machine).or_insert(Machine { name, version, services: Vec::new() }).services.extend(services);
+            }
         }
         all.into_values().collect()
     }
@@ -250,6 +254,12 @@ mod tests {
         assert_eq!(machines.numbers(None, later).iter().map(|numbers| numbers.connections).sum::<f64>(), 4.0);
         assert!(machines.numbers(Some("one"), later).is_empty(), "what is known otherwise does not count twice");
         assert!(shown(&machines, later + FORGET).len() == 2, "until something is heard, nothing is forgotten");
+        machines.hear(announcement("one", &["relay", "seed"], 0.0), later);
+        assert_eq!(
+            shown(&machines, later)[0].1.iter().filter(|(_, state)| *state == down).count(),
+            0,
+            "another does it now"
+        );
         machines.hear(announcement("three", &["seed"], 0.0), start + FORGET);
         assert_eq!(shown(&machines, start + FORGET).len(), 2, "one's relay, and three");
     }
