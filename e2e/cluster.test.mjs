@@ -14,6 +14,7 @@ const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 if (!dist) console.log('GenosDB on two machines: the stand-in takes its place, GENOSDB_DIST names no folder with its dist files');
 
 const SECRET = 'shared by the TURN servers of the cluster';
+const TOKEN = 'north star';
 const nats = [], machines = [];
 let pages, browser;
 
@@ -35,7 +36,7 @@ before(async () => {
       rooms: ['notes'],
       settings: {
         HOMEPORT_CLUSTER__NATS: nats[index].url, HOMEPORT_CLUSTER__NAME: region, HOMEPORT_TURN__REGION: region,
-        HOMEPORT_TURN__SECRET: SECRET, HOMEPORT_TURN__HOST: `turn-${region}.example.com`, HOMEPORT_METRICS__PROBE: 'false',
+        HOMEPORT_TURN__SECRET: SECRET, HOMEPORT_TURN__HOST: `turn-${region}.example.com`, HOMEPORT_METRICS__PROBE: 'false', HOMEPORT_RELAY__STATUS_TOKEN: TOKEN,
         // Each seed is in the room by itself: these servers of NATS keep nothing that leases could stand in.
         HOMEPORT_CLUSTER__ROOMS: 'false',
       },
@@ -136,12 +137,15 @@ test('a machine dies while pages write: the others go on, and both archives hold
 
 test('the status page of each machine shows all of them, those that are down too', async () => {
   const states = async machine => {
-    const { machines: shown } = await (await fetch(`${machine.httpUrl}/status.json`)).json();
+    const answer = await fetch(`${machine.httpUrl}/status.json`, { headers: { authorization: `Bearer ${TOKEN}` } });
+    const { machines: shown } = await answer.json();
     return Object.fromEntries(shown.map(({ name, services }) => [name, [...new Set(services.map(({ state }) => state))].join()]));
   };
   const both = (eu, us) => async () => JSON.stringify(await states(machines[0])) === JSON.stringify({ eu, ...(us && { us }) });
   await eventually('both are shown', both('ok', 'ok'));
-  const page = await openPage(browser, machines[0].httpUrl);
+  const strangers = await (await fetch(`${machines[0].httpUrl}/status.json`)).json();
+  assert.deepEqual(strangers.machines.map(({ name }) => name), ['machine 1', 'machine 2'], 'their names are for who knows the token');
+  const page = await openPage(browser, `${machines[0].httpUrl}/#token=${encodeURIComponent(TOKEN)}`);
   await until(page, 'a verdict', () => document.getElementById('verdict').textContent === 'Everything works.');
   assert.deepEqual(await page.$$eval('#machines h3', names => names.map(name => name.textContent)), ['eu', 'us']);
   assert.equal(await page.isVisible('#services-section'), false);

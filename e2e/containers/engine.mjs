@@ -13,7 +13,7 @@ const run = promisify(execFile);
 const here = dirname(fileURLToPath(import.meta.url));
 export const root = resolve(here, '../..');
 /** Images outlive a run: making them takes minutes. */
-const folder = process.env.HOMEPORT_ENGINE ?? '/var/tmp/homeport-engine';
+const images = process.env.HOMEPORT_ENGINE ?? '/var/tmp/homeport-engine';
 
 /** Why there can be no engine here, or false. */
 export function unable() {
@@ -23,16 +23,19 @@ export function unable() {
 }
 
 export class Engine {
-  static async start() {
+  /** One in this machine's own network, or in a namespace of its own with its data in a folder of its own. */
+  static async start({ namespace, folder = images } = {}) {
     const engine = new Engine();
     engine.socket = join(folder, 'docker.sock');
     engine.env = { ...process.env, DOCKER_HOST: `unix://${engine.socket}`, DOCKER_BUILDKIT: '1' };
+    // Not ip netns exec, which would hide the control groups.
+    engine.inside = namespace ? ['nsenter', `--net=/run/netns/${namespace}`] : [];
     await mkdir(folder, { recursive: true });
     await rm(join(folder, 'dockerd.pid'), { force: true });
-    engine.rules = execFileSync('iptables-save', { encoding: 'utf8' });
-    engine.daemon = spawn('/usr/sbin/dockerd', ['--data-root', join(folder, 'root'), '--exec-root', join(folder, 'exec'),
+    engine.rules = execFileSync(...engine.words('iptables-save'), { encoding: 'utf8' });
+    engine.daemon = spawn(...engine.words('/usr/sbin/dockerd', '--data-root', join(folder, 'root'), '--exec-root', join(folder, 'exec'),
       '--pidfile', join(folder, 'dockerd.pid'), '--host', `unix://${engine.socket}`, '--exec-opt', 'native.cgroupdriver=cgroupfs',
-    ], { stdio: ['ignore', 'ignore', 'pipe'] });
+    ), { stdio: ['ignore', 'ignore', 'pipe'] });
     let log = '';
     engine.ended = once(engine.daemon, 'exit');
     await new Promise((done, failed) => {
@@ -45,15 +48,22 @@ export class Engine {
     return engine;
   }
 
+  /** A program and its arguments, to be run in the engine's network. */
+  words(...words) {
+    const [program, ...rest] = [...this.inside, ...words];
+    return [program, rest];
+  }
+
   /** Debian's own docker: it builds with BuildKit and needs no plugin for that. */
   async docker(...words) {
     const { stdout } = await run('/usr/bin/docker', words, { env: this.env, cwd: root, maxBuffer: 1 << 28 });
     return stdout.trim();
   }
 
-  async compose(words, env = {}) {
+  async compose(words, env = {}, ...overrides) {
     const program = join(root, 'e2e/.venv/bin/docker-compose');
-    const { stdout } = await run(program, ['--project-name', 'homeport-e2e', '--file', join(root, 'docker-compose.yml'), ...words],
+    const files = ['docker-compose.yml', ...overrides].flatMap(file => ['--file', join(root, file)]);
+    const { stdout } = await run(program, ['--project-name', 'homeport-e2e', ...files, ...words],
       { env: { ...this.env, ...env }, cwd: root, maxBuffer: 1 << 28 });
     return stdout.trim();
   }
@@ -123,11 +133,17 @@ export class Engine {
     };
   }
 
+  /** Builds Homeport as deploy/Dockerfile says. */
+  async homeport() {
+    console.log(await this.image('rust:1.95-bookworm', this.rust));
+    await this.docker('build', '--network', 'host', '--file', 'deploy/Dockerfile', '--tag', 'homeport', '.');
+  }
+
   async stop() {
     this.daemon.kill('SIGTERM');
     await this.ended;
     // What dockerd leaves behind in this machine's own network.
-    await run('ip', ['link', 'del', 'docker0']).catch(error => console.log(String(error)));
-    execFileSync('iptables-restore', { input: this.rules });
+    await run(...this.words('ip', 'link', 'del', 'docker0')).catch(error => console.log(String(error)));
+    execFileSync(...this.words('iptables-restore'), { input: this.rules });
   }
 }

@@ -1,7 +1,7 @@
 //! The status page: `/` for browsers, and `/status.json`, which says how the services of this process are, those of other
 //! processes, and in a cluster those of all machines.
 //!
-//! Names of rooms, drawings of their meshes and reasons of failures are for who knows the token, or for everybody where
+//! Names of rooms and machines, drawings of meshes and reasons of failures are for who knows the token, or for everybody where
 //! the relay listens on loopback alone.
 
 mod machines;
@@ -313,7 +313,9 @@ impl Status {
             }
         }
         if !details {
-            for machine in &mut all {
+            for (machine, number) in all.iter_mut().zip(1..) {
+                // It may be the name of a host.
+                machine.name = format!("machine {number}");
                 machine.services = machine.services.drain(..).map(ServiceStatus::without_reasons).collect();
             }
         }

@@ -105,7 +105,7 @@ impl Snapshots {
 
     /// The content of a segment.
     pub(super) async fn segment(&self, segment: &Segment) -> Result<Vec<u8>, SnapshotError> {
-        let store = self.store().await?;
+        let store = self.cluster.jetstream().get_object_store(SNAPSHOTS).await.map_err(SnapshotError::of)?;
         let content = read(&store, &self.segment_at(segment)).await?;
         content
             .filter(|content| sha256(content) == segment.sha256)
