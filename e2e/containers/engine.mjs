@@ -26,6 +26,7 @@ export class Engine {
   /** One in this machine's own network, or in a namespace of its own with its data in a folder of its own. */
   static async start({ namespace, folder = images } = {}) {
     const engine = new Engine();
+    engine.folder = folder;
     engine.socket = join(folder, 'docker.sock');
     engine.env = { ...process.env, DOCKER_HOST: `unix://${engine.socket}`, DOCKER_BUILDKIT: '1' };
     // Not ip netns exec, which would hide the control groups.
@@ -142,7 +143,8 @@ export class Engine {
   async stop() {
     this.daemon.kill('SIGTERM');
     await this.ended;
-    // What dockerd leaves behind in this machine's own network.
+    // What dockerd leaves behind: a mount, and a device and rules in its network.
+    await run('umount', ['--lazy', join(this.folder, 'exec/netns/default')]).catch(error => console.log(String(error)));
     await run(...this.words('ip', 'link', 'del', 'docker0')).catch(error => console.log(String(error)));
     execFileSync(...this.words('iptables-restore'), { input: this.rules });
   }
