@@ -144,7 +144,8 @@ export class Engine {
     this.daemon.kill('SIGTERM');
     await this.ended;
     // What dockerd leaves behind: a mount, and a device and rules in its network.
-    await run('umount', ['--lazy', join(this.folder, 'exec/netns/default')]).catch(error => console.log(String(error)));
+    const left = join(this.folder, 'exec/netns/default');
+    if (existsSync(left)) await run('umount', ['--lazy', left]).catch(error => console.log(String(error)));
     await run(...this.words('ip', 'link', 'del', 'docker0')).catch(error => console.log(String(error)));
     execFileSync(...this.words('iptables-restore'), { input: this.rules });
   }

@@ -71,6 +71,24 @@ struct Sample {
 }
 
 impl Sample {
+    /// Only what is there now, and not what was counted.
+    fn of_now(self) -> Self {
+        Self { relay: (0.0, 0.0), seed: (0.0, 0.0), browsers: (0.0, 0.0), ..self }
+    }
+
+    /// Only what a process has counted since an earlier moment; it may have begun anew meanwhile.
+    fn counted_since(self, before: Self) -> Self {
+        let since = |now: (f64, f64), then: (f64, f64)| {
+            if now.0 >= then.0 && now.1 >= then.1 { (now.0 - then.0, now.1 - then.1) } else { now }
+        };
+        Self {
+            relay: since(self.relay, before.relay),
+            seed: since(self.seed, before.seed),
+            browsers: since(self.browsers, before.browsers),
+            ..Self::default()
+        }
+    }
+
     /// Together with those of another process.
     fn with(self, other: Self) -> Self {
         let both = |one: (f64, f64), two: (f64, f64)| (one.0 + two.0, one.1 + two.1);
@@ -138,7 +156,9 @@ impl Status {
 
     /// Listens to what the machines of the cluster say of themselves, until the task is ended.
     pub(crate) fn hear_of_machines(&self, cluster: &Cluster) -> JoinHandle<()> {
-        let machines = Arc::new(Machines::default());
+        // Who is told of the other processes of this machine need not hear of them too.
+        let known = self.others.get().map(|_| cluster.name().to_owned());
+        let machines = Arc::new(Machines::new(known));
         let listening = machines.listen(cluster);
         // There is one cluster.
         let _ = self.machines.set((machines, cluster.name().to_owned()));
@@ -240,10 +260,8 @@ impl Status {
     fn gather(&self) -> Sample {
         let here =
             self.numbers_of(|name, labels| self.others.get().map_or(0.0, |(others, _)| others.sum(name, labels)));
-        let Some((machines, own)) = self.machines.get() else { return here };
-        // Who is told of the other processes of this machine need not hear of them too.
-        let but = self.others.get().map(|_| &**own);
-        machines.numbers(but, Instant::now()).into_iter().fold(here, Sample::with)
+        let Some((machines, _)) = self.machines.get() else { return here };
+        here.with(machines.numbers(Instant::now()))
     }
 
     /// The numbers of this process.
@@ -326,7 +344,7 @@ impl Status {
         let now = self.sample();
         let samples = self.samples.lock().unwrap_or_else(PoisonError::into_inner);
         let earlier = samples.iter().rev().nth(RECENT - 1).or(samples.front()).copied().unwrap_or_default();
-        // What was counted by a process that is gone is gone too.
+        // What another process of this machine has counted may have begun anew.
         let since = |now: (f64, f64), then: (f64, f64)| json!([(now.0 - then.0).max(0.0), (now.1 - then.1).max(0.0)]);
         let series = |value: fn(&Sample) -> f64| samples.iter().chain([&now]).map(value).collect::<Vec<_>>();
         // The share of each five minutes that end at a sample.

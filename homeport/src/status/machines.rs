@@ -58,7 +58,17 @@ type Heard = (Announcement, Instant);
 /// What this process hears of others.
 #[derive(Debug, Default)]
 pub(super) struct Machines {
-    heard: Mutex<BTreeMap<Process, Heard>>,
+    /// The machine of which the numbers are known otherwise.
+    known: Option<String>,
+    heard: Mutex<Everybody>,
+}
+
+#[derive(Debug, Default)]
+struct Everybody {
+    processes: BTreeMap<Process, Heard>,
+    /// What they have counted since each was first heard. What a process counts begins anew with it, and ends with it;
+    /// this does not.
+    counted: Sample,
 }
 
 /// A machine as it is shown.
@@ -70,25 +80,36 @@ pub(super) struct Machine {
 }
 
 impl Machines {
-    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<Process, Heard>> {
+    /// Those of a cluster; the numbers of the machine `known` are known otherwise.
+    pub(super) fn new(known: Option<String>) -> Self {
+        Self { known, ..Self::default() }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Everybody> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn hear(&self, announcement: Announcement, now: Instant) {
         let mut heard = self.lock();
-        heard.retain(|_, (_, at)| now.saturating_duration_since(*at) < FORGET);
+        let Everybody { processes, counted } = &mut *heard;
+        processes.retain(|_, (_, at)| now.saturating_duration_since(*at) < FORGET);
         let process = announcement.process();
+        if let Some((before, _)) = processes.get(&process)
+            && self.known.as_ref() != Some(&announcement.machine)
+        {
+            *counted = counted.with(announcement.numbers.counted_since(before.numbers));
+        }
         if announcement.ends {
-            heard.remove(&process);
-        } else if heard.len() < MAX_HEARD || heard.contains_key(&process) {
-            heard.insert(process, (announcement, now));
+            processes.remove(&process);
+        } else if processes.len() < MAX_HEARD || processes.contains_key(&process) {
+            processes.insert(process, (announcement, now));
         }
     }
 
     /// What others say, without those that are down.
     fn live(&self, now: Instant) -> Vec<Announcement> {
         let heard = self.lock();
-        let live = heard.values().filter(|(_, at)| now.saturating_duration_since(*at) < SILENT);
+        let live = heard.processes.values().filter(|(_, at)| now.saturating_duration_since(*at) < SILENT);
         live.map(|(announcement, _)| announcement.clone()).collect()
     }
 
@@ -97,7 +118,8 @@ impl Machines {
         let mut all: BTreeMap<String, Machine> = BTreeMap::new();
         let heard = self.lock();
         let silence = |at: &Instant| now.saturating_duration_since(*at);
-        let (live, silent): (Vec<&Heard>, Vec<&Heard>) = heard.values().partition(|(_, at)| silence(at) < SILENT);
+        let (live, silent): (Vec<&Heard>, Vec<&Heard>) =
+            heard.processes.values().partition(|(_, at)| silence(at) < SILENT);
         for (announcement, at) in live.into_iter().chain(silent) {
             let Announcement { machine: name, version, services, .. } = announcement.clone();
             let new = Machine { name: name.clone(), version, services: Vec::new() };
@@ -118,10 +140,10 @@ impl Machines {
         all.into_values().collect()
     }
 
-    /// Numbers of all other processes, without those of the machine `but`.
-    pub(super) fn numbers(&self, but: Option<&str>, now: Instant) -> Vec<Sample> {
-        let live = self.live(now).into_iter();
-        live.filter(|one| Some(&*one.machine) != but).map(|one| one.numbers).collect()
+    /// The numbers of all other processes together: what is there now, and what was counted since this one listens.
+    pub(super) fn numbers(&self, now: Instant) -> Sample {
+        let others = self.live(now).into_iter().filter(|one| self.known.as_ref() != Some(&one.machine));
+        others.fold(self.lock().counted, |sum, one| sum.with(one.numbers.of_now()))
     }
 
     /// Rooms that others hold.
@@ -251,8 +273,7 @@ mod tests {
             ("two".into(), vec![("turn".into(), down), ("relay".into(), down), ("seed".into(), down)]),
         ];
         assert_eq!(shown(&machines, later), expected);
-        assert_eq!(machines.numbers(None, later).iter().map(|numbers| numbers.connections).sum::<f64>(), 4.0);
-        assert!(machines.numbers(Some("one"), later).is_empty(), "what is known otherwise does not count twice");
+        assert_eq!(machines.numbers(later).connections, 4.0);
         assert!(shown(&machines, later + FORGET).len() == 2, "until something is heard, nothing is forgotten");
         machines.hear(announcement("one", &["relay", "seed"], 0.0), later);
         assert_eq!(
@@ -262,6 +283,26 @@ mod tests {
         );
         machines.hear(announcement("three", &["seed"], 0.0), start + FORGET);
         assert_eq!(shown(&machines, start + FORGET).len(), 2, "one's relay, and three");
+    }
+
+    #[test]
+    fn what_is_counted_outlives_who_counts_it() {
+        let machines = Machines::new(Some("ours".into()));
+        let now = Instant::now();
+        let count = |machine: &str, ok: f64, tried: f64| {
+            let mut announcement = announcement(machine, &["relay"], 0.0);
+            announcement.numbers.relay = (ok, tried);
+            machines.hear(announcement, now);
+        };
+        count("one", 1_000.0, 2_000.0);
+        assert_eq!(machines.numbers(now).relay, (0.0, 0.0), "when that was, nobody knows");
+        count("one", 1_003.0, 2_004.0);
+        // It has begun anew.
+        count("one", 2.0, 2.0);
+        count("ours", 50.0, 60.0);
+        count("ours", 70.0, 80.0);
+        machines.hear(Announcement { ends: true, ..announcement("one", &["relay"], 0.0) }, now);
+        assert_eq!(machines.numbers(now).relay, (5.0, 6.0));
     }
 
     #[test]
