@@ -217,6 +217,10 @@ class Room {
     if (this.cells && /^c\d+$/.test(channel)) return this.cells.receive(peer, channel, text.decode(payload));
     if (flags & 8) return this.handlers.message?.(peer, channel, JSON.parse(text.decode(payload)));
   }
+  /** Once what was to be sent to each is on its way. */
+  drained() {
+    return Promise.all([...this.peers.values()].map(({ outbox }) => outbox));
+  }
   /** Sends JSON, or a string on the transport's own channels and those of cells. */
   async send(channel, value, target) {
     const string = channel.startsWith('@_') || /^c\d+$/.test(channel);
@@ -325,6 +329,11 @@ export async function gdb(name, { rtc, password = '', sm }) {
   /** Sends operations to everybody, signed if there is an identity. */
   const say = async operations =>
     graph.broadcast('syncGraph', security ? await Promise.all(operations.map(one => security.sign(one))) : operations);
+  /** Sends everybody the state, as it is when those before have gone out: of several that wait, the last says all. */
+  let answering;
+  const answer = () => {
+    answering ??= graph.drained().then(() => { answering = undefined; return say([fullState()]); });
+  };
   const cellSize = rtc.cells === true ? 10 : rtc.cells?.cellSize;
   const graph = new Room(`graph-sync-room-${name}`, id, rtc.turnConfig, {
     joined: () => say([{ type: 'sync', timestamp: latest() }]),
@@ -347,7 +356,7 @@ export async function gdb(name, { rtc, password = '', sm }) {
             }
           }
           const lacks = [...nodes.values()].some(node => newer(node.timestamp, theirs[node.id]?.timestamp));
-          if (lacks) say([fullState()]);
+          if (lacks) answer();
         } else apply(operation);
       }
       save();
