@@ -147,11 +147,6 @@ impl Cluster {
         &self.jetstream
     }
 
-    /// On how many servers of NATS each thing is kept.
-    pub fn replicas(&self) -> usize {
-        self.replicas
-    }
-
     /// What this machine is called among the others.
     pub fn name(&self) -> &str {
         &self.name

@@ -39,9 +39,10 @@ pub(super) async fn look(settings: &Settings) -> anyhow::Result<Vec<Finding>> {
             Ok(Ok(kept)) => {
                 findings.extend(streams(&kept, replicas));
                 if shares_rooms {
-                    findings.push(match Overview::ask(&cluster).await {
-                        Ok(overview) => leases(settings, &name, &overview),
-                        Err(error) => Finding::failure(ROOMS, error.to_string(), SEEDS),
+                    findings.push(match tokio::time::timeout(PATIENCE, Overview::ask(&cluster)).await {
+                        Ok(Ok(overview)) => leases(settings, &name, &overview),
+                        Ok(Err(error)) => Finding::failure(ROOMS, error.to_string(), SEEDS),
+                        Err(_) => Finding::failure(ROOMS, "JetStream does not say who holds them", SEEDS),
                     });
                 }
             }
