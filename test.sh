@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs every test, and installs what they need: checks of form, unit and service tests, then real browsers.
-# With --containers also those that build the image and run docker-compose.yml in a Docker Engine: ten minutes more.
+# With --containers also those that run docker-compose.yml in a Docker Engine, and the Debian package on a machine that systemd
+# has booted: twenty minutes more.
 set -euo pipefail
 cd "$(dirname "$0")"
 case "${1:-}" in
@@ -30,6 +31,7 @@ if [ -n "${HOMEPORT_CONTAINERS:-}" ]; then
   [ -x /usr/sbin/dockerd ] && [ -x /usr/bin/docker ] || missing+=(docker.io)
   [ -x /usr/sbin/debootstrap ] || missing+=(debootstrap)
   [ -x /usr/bin/caddy ] || missing+=(caddy)
+  [ -x /usr/bin/systemd-nspawn ] || missing+=(systemd-container)
 fi
 if [ ${#missing[@]} -gt 0 ]; then
   step "installing ${missing[*]}"
@@ -39,6 +41,11 @@ if [ ${#missing[@]} -gt 0 ]; then
   fi
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+if [ -n "${HOMEPORT_CONTAINERS:-}" ] && ! command -v cargo-deb >/dev/null; then
+  step "installing cargo-deb"
+  cargo install --quiet --locked cargo-deb@3.8.0
 fi
 
 step "form"

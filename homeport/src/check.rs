@@ -22,7 +22,7 @@ pub(crate) struct CheckArgs {
     /// Ask no service, nor anybody else: look at the settings, this machine and what is kept
     #[arg(long, conflicts_with = "services")]
     offline: bool,
-    /// The settings file; without it, homeport.toml in this folder if it is there
+    /// The settings file; without it, homeport.toml in this folder, or else /etc/homeport/homeport.toml
     #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG")]
     config: Option<PathBuf>,
     /// The folder of the archive (setting seed.data)

@@ -12,7 +12,11 @@ use rand::distr::Alphanumeric;
 use toml::Value;
 
 use crate::private_file;
-use crate::settings::{self, Settings};
+use crate::settings::{self, DEFAULT_FILE, SYSTEM_FILE, Settings};
+
+/// The archive's folder, and that of the installed service (`deploy/systemd`).
+const DATA: &str = "homeport-data";
+const SERVICE_DATA: &str = "/var/lib/homeport";
 
 #[derive(Debug, Args)]
 pub(crate) struct InitArgs {
@@ -37,11 +41,11 @@ pub(crate) struct InitArgs {
     /// The public address of this machine, or "public/private" behind a one-to-one NAT; found by itself where it can be
     #[arg(long, value_name = "ADDRESS")]
     external_ip: Option<String>,
-    /// The folder for the archive
-    #[arg(long, value_name = "DIR", default_value = "homeport-data")]
-    data: PathBuf,
+    /// The folder for the archive [default: homeport-data; /var/lib/homeport, with --config /etc/homeport/homeport.toml]
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
     /// The file to write
-    #[arg(long, value_name = "FILE", default_value = "homeport.toml")]
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_FILE)]
     config: PathBuf,
     /// Write the file anew; secrets that stand in it are kept
     #[arg(long)]
@@ -85,6 +89,13 @@ struct Answers {
 struct Secrets {
     turn: Value,
     status_token: String,
+}
+
+impl InitArgs {
+    /// Whether the file is for the installed service.
+    fn is_of_service(&self) -> bool {
+        self.config == Path::new(SYSTEM_FILE)
+    }
 }
 
 pub(crate) fn run(args: &InitArgs) -> anyhow::Result<()> {
@@ -201,7 +212,7 @@ fn ask(args: &InitArgs, secrets: Secrets) -> anyhow::Result<Answers> {
         email: Some(email).filter(|email| !email.is_empty()),
         files,
         external_ip,
-        data: args.data.clone(),
+        data: args.data.clone().unwrap_or_else(|| if args.is_of_service() { SERVICE_DATA } else { DATA }.into()),
         secrets,
     })
 }
@@ -322,8 +333,8 @@ fn next_steps(answers: &Answers, settings: &Settings, config: &Path) -> String {
     for Opening { port, protocol, what } in openings(settings) {
         let _ = writeln!(text, "  {protocol:<4} {port:<13} {what}");
     }
-    let config = config.display();
-    let flag = if config.to_string() == "homeport.toml" { String::new() } else { format!(" --config {config}") };
+    let is_found = [DEFAULT_FILE, SYSTEM_FILE].iter().any(|found| config == Path::new(found));
+    let flag = if is_found { String::new() } else { format!(" --config {}", config.display()) };
     let _ = write!(text, "\nNext:\n\n");
     if let Some(domain) = &answers.domain {
         let address = match answers.external_ip.split('/').next() {
@@ -339,7 +350,11 @@ fn next_steps(answers: &Answers, settings: &Settings, config: &Path) -> String {
             answers.domain.as_deref().unwrap_or("…")
         );
     }
-    let _ = writeln!(text, "  homeport up{flag}");
+    if config == Path::new(SYSTEM_FILE) {
+        let _ = writeln!(text, "  systemctl enable --now homeport");
+    } else {
+        let _ = writeln!(text, "  homeport up{flag}");
+    }
     let _ = writeln!(text, "  homeport check{flag}   # says what works, and what to do about the rest");
     text
 }
@@ -411,6 +426,16 @@ mod tests {
         assert_eq!(proxy.relay_url().as_deref(), Some("wss://relay.example.com"));
         let none = written(&answers(None, Tls::None));
         assert_eq!((none.relay_url(), none.has_tls()), (None, false));
+    }
+
+    #[test]
+    fn who_writes_the_file_of_the_installed_service_is_told_to_start_that() {
+        let answers = answers(None, Tls::None);
+        let steps = |file: &str| next_steps(&answers, &written(&answers), Path::new(file));
+        let service = steps(SYSTEM_FILE);
+        assert!(service.contains("systemctl enable --now homeport\n  homeport check   #"), "{service}");
+        assert!(steps(DEFAULT_FILE).contains("homeport up\n"));
+        assert!(steps("other.toml").contains("homeport up --config other.toml\n"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod admin;
 mod check;
 mod client_config;
 mod coturn;
+mod data_folder;
 mod healthcheck;
 mod init;
 mod link_checks;
@@ -14,6 +15,7 @@ mod probe;
 mod reports;
 mod rooms;
 mod run;
+mod service_manager;
 mod settings;
 mod status;
 mod summary;
@@ -64,7 +66,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct RunArgs {
-    /// The settings file; without it, homeport.toml in this folder if it is there
+    /// The settings file; without it, homeport.toml in this folder, or else /etc/homeport/homeport.toml
     #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG")]
     config: Option<PathBuf>,
     /// The folder for the archive (setting seed.data)
@@ -98,7 +100,7 @@ enum TurnCommand {
 
 #[derive(Debug, Args)]
 struct HealthcheckArgs {
-    /// The settings file; without it, homeport.toml in this folder if it is there
+    /// The settings file; without it, homeport.toml in this folder, or else /etc/homeport/homeport.toml
     #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG")]
     config: Option<PathBuf>,
 }

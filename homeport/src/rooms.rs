@@ -27,7 +27,7 @@ use restore::RestoreArgs;
 pub(crate) struct RoomsArgs {
     #[command(subcommand)]
     command: RoomsCommand,
-    /// The settings file; without it, homeport.toml in this folder if it is there
+    /// The settings file; without it, homeport.toml in this folder, or else /etc/homeport/homeport.toml
     #[arg(long, value_name = "FILE", env = "HOMEPORT_CONFIG", global = true)]
     config: Option<PathBuf>,
     /// The data folder of the running homeport (setting seed.data)

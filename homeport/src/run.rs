@@ -3,6 +3,7 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use seed_peer::{CheckRoom, RelayKey};
@@ -13,10 +14,12 @@ use turn_server::ProbeTransport;
 use crate::acme::{Acme, AcmeFolder};
 use crate::admin::AdminSocket;
 use crate::client_config::ClientConfig;
+use crate::data_folder;
 use crate::link_checks::Checks;
 use crate::probe::meeting::MeetingPlace;
 use crate::probe::{self, Tries, TurnLogin, TurnTries};
 use crate::reports::Reports;
+use crate::service_manager;
 use crate::settings::{OneOrMany, Settings};
 use crate::status::{Others, Reporter, Status};
 use crate::summary::{Summary, TurnSummary};
@@ -213,6 +216,10 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
     let text = summary.print(out.is_terminal());
     // Nobody may be reading: that is no reason not to run.
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    data_folder::give_to_its_owner(&settings.seed.data).unwrap_or_else(
+        |error| tracing::warn!(%error, "files in seed.data stay root's, and others cannot run on them"),
+    );
+    service_manager::ready();
 
     let ended = async {
         match seed.as_mut() {
@@ -225,6 +232,7 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         _ = terminate.recv() => Ok(()),
         () = ended => Err(anyhow::anyhow!("the seed peer has ended early")),
     };
+    service_manager::stopping(Duration::from_secs(settings.turn.drain.into()));
     watching.abort();
     probing.iter().chain(&asking).chain(&of_cluster).for_each(tokio::task::JoinHandle::abort);
     if let Some(announcer) = announcer {

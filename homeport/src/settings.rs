@@ -28,6 +28,8 @@ pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.
 pub(crate) const DEFAULT_FILE: &str = "homeport.toml";
+/// The file of the installed service (`deploy/systemd`), which is read when neither of those is.
+pub(crate) const SYSTEM_FILE: &str = "/etc/homeport/homeport.toml";
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -98,10 +100,14 @@ impl Default for MetricsSettings {
     }
 }
 
+/// The settings file: the one that is named, or the first of those that are looked for.
+pub(crate) fn file(named: Option<&Path>) -> Option<&Path> {
+    named.or_else(|| [DEFAULT_FILE, SYSTEM_FILE].into_iter().map(Path::new).find(|file| file.exists()))
+}
+
 /// Loads the settings: defaults, then file, then environment, then what the command line says.
 pub(crate) fn load(file: Option<&Path>, data: Option<&Path>, rooms: &[String]) -> Result<Settings, SettingsError> {
-    let default = Path::new(DEFAULT_FILE);
-    let file = file.or_else(|| Some(default).filter(|file| file.exists()));
+    let file = self::file(file);
     // Names that are not UTF-8 are nobody's settings.
     let environment =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Finding;
-use crate::settings::{DEFAULT_FILE, Settings};
+use crate::settings::{self, Settings};
 
 /// Below so many bytes a disk is nearly full, and full.
 const LITTLE_SPACE: u64 = 1 << 30;
@@ -19,8 +19,8 @@ const DRIFT_CAP: Duration = Duration::from_secs(2 * 3_600);
 pub(super) fn settings(settings: &Settings, file: Option<&Path>) -> Vec<Finding> {
     let mut findings = Vec::new();
     let mut warn = |found: &str, advice: &str| findings.push(Finding::warning("settings", found, advice));
-    let file = file.unwrap_or(Path::new(DEFAULT_FILE));
-    if let Ok(metadata) = file.metadata()
+    if let Some(file) = settings::file(file)
+        && let Ok(metadata) = file.metadata()
         && metadata.permissions().mode() & 0o077 != 0
         && settings.holds_secrets()
     {

@@ -5,6 +5,7 @@ use clap::Args;
 use seed_peer::{BackupContent, Backups, Kind, ListedBackup};
 
 use super::{printed_ms, progress, wall_ms};
+use crate::data_folder;
 use crate::settings::SeedSettings;
 
 #[derive(Debug, Args)]
@@ -104,6 +105,7 @@ pub(super) fn restore(settings: &SeedSettings, args: &RestoreBackupArgs) -> anyh
         bar.set_position(done);
     }))?;
     bar.finish_and_clear();
+    data_folder::give_to_its_owner(&settings.data)?;
     let restored = restored?;
     println!("{} is restored: {} operations", restored.id, restored.operations);
     for (name, nodes) in &restored.rooms {

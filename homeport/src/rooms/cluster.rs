@@ -4,6 +4,7 @@ use anyhow::Context as _;
 use seed_peer::{Transfer, fetch_rooms, found_rooms};
 use service::{Cluster, State, cluster::PART};
 
+use crate::data_folder;
 use crate::probe::PATIENCE;
 use crate::settings::Settings;
 
@@ -32,7 +33,11 @@ pub(super) fn transfer(settings: &Settings, way: Way) -> anyhow::Result<()> {
         };
         let done = match way {
             Way::To => found_rooms(&cluster, data, each).await?,
-            Way::From => fetch_rooms(&cluster, data, each).await?,
+            Way::From => {
+                let fetched = fetch_rooms(&cluster, data, each).await;
+                data_folder::give_to_its_owner(data)?;
+                fetched?
+            }
         };
         match way {
             Way::To => println!("{} rooms are in the cluster; start its machines", done.len()),

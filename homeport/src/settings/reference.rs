@@ -25,9 +25,9 @@ const HEAD: &str = "# Settings
 
 <!-- Made of the doc comments in homeport/src/settings by: UPDATE_DOCS=1 cargo test -p homeport configuration_reference -->
 
-None are needed. They come from `homeport.toml` in the current folder (or `--config FILE`), then from the environment, then from flags; the later
-wins. In the environment a key is in capitals behind `HOMEPORT_`, with two underscores between its parts: `HOMEPORT_RELAY__LISTEN=[::]:8080`; a list is
-`[\"one\", \"other\"]`, a table `{a=1}`. A key that does not exist is an error that names the nearest one that does. All are read at the start; the
+None are needed. They come from `homeport.toml` in the current folder, or else `/etc/homeport/homeport.toml` (or `--config FILE`), then from the environment,
+then from flags; the later wins. In the environment a key is in capitals behind `HOMEPORT_`, with two underscores between its parts:
+`HOMEPORT_RELAY__LISTEN=[::]:8080`; a list is `[\"one\", \"other\"]`, a table `{a=1}`. A key that does not exist is an error that names the nearest one that does. All are read at the start; the
 files of the certificate are read again when they change, and rooms come and go with `homeport rooms`.
 
 `homeport init` writes a first file. `homeport check --offline` says what is odd in one.

@@ -63,7 +63,7 @@ pub(crate) struct TurnSettings {
     /// TCP and TLS connections at a time of all.
     pub(crate) max_connections: usize,
     /// Seconds that allocations live on after SIGTERM; new ones are refused meanwhile.
-    drain: u32,
+    pub(crate) drain: u32,
     /// Threads that relay; `0` means one for each core.
     threads: usize,
     /// Where the server is, in your words, such as `"eu"`: apps that ask for `/client-config.json?region=eu` are sent to it
