@@ -1,24 +1,18 @@
 // Rooms in cells: pages that hold links with their cell only, and the seed between the cells. Driven twice, as
 // database.test.mjs: by the stand-in, and by GenosDB when GENOSDB_DIST names its published files.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { clients } from './lib/clients.mjs';
 import { Homeport } from './lib/homeport.mjs';
 
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-if (dist && !file) throw new Error(`GENOSDB_DIST=${dist} holds neither index.min.js nor index.js`);
-if (!dist) console.log('GenosDB pages in cells: skipped, GENOSDB_DIST names no folder with the published dist files of GenosDB');
-suite('stand-in', '/pages/wire-client.mjs', {});
-suite('GenosDB', `/genosdb/${file}`, { skip: !dist });
+clients.forEach(suite);
 
-function suite(client, module, options) {
-  describe(`${client} in cells`, options, () => {
+function suite({ name: client, module, skip }) {
+  describe(`${client} in cells`, { skip }, () => {
     let homeport, pages, browser;
     before(async () => {
-      pages = await servePages(dist ? { genosdb: dist } : {});
+      pages = await servePages();
       browser = await launchChromium();
       homeport = await Homeport.start({ rooms: [
         { name: 'one', cells: { cell_size: 3, bridge: 'one' } },

@@ -1,17 +1,13 @@
 // Two machines of a cluster, each with a server of NATS of its own: pages that know one relay each meet, apps are told of
 // the TURN server near them, and what happens to NATS is said.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { client } from './lib/clients.mjs';
 import { Homeport } from './lib/homeport.mjs';
 import { Nats } from './lib/nats.mjs';
 
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
-if (!dist) console.log('GenosDB on two machines: the stand-in takes its place, GENOSDB_DIST names no folder with its dist files');
 
 const SECRET = 'shared by the TURN servers of the cluster';
 const TOKEN = 'north star';
@@ -42,7 +38,7 @@ before(async () => {
       },
     }));
   }
-  [pages, browser] = [await servePages(dist ? { genosdb: dist } : {}), await launchChromium()];
+  [pages, browser] = [await servePages(), await launchChromium()];
 });
 after(async () => {
   await browser?.close();

@@ -1,32 +1,19 @@
 // A community's database: pages write and go, the seed remembers. Driven twice: by a stand-in written from the wire
 // notes, always; and by unmodified GenosDB, when GENOSDB_DIST names a folder with its published `dist` files.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { clients } from './lib/clients.mjs';
 import { Homeport } from './lib/homeport.mjs';
 
 const NODES = 300;
-const dist = process.env.GENOSDB_DIST;
+clients.forEach(suite);
 
-function genosdb() {
-  if (!dist) return { skip: 'GENOSDB_DIST names no folder with the published dist files of GenosDB' };
-  const file = ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-  if (!file) throw new Error(`GENOSDB_DIST=${dist} holds neither index.min.js nor index.js`);
-  return { module: `/genosdb/${file}` };
-}
-
-const real = genosdb();
-if (real.skip) console.log(`GenosDB pages: skipped, ${real.skip}`);
-suite('stand-in', '/pages/wire-client.mjs', {});
-suite('GenosDB', real.module, { skip: real.skip });
-
-function suite(client, module, options) {
-  describe(client, options, () => {
+function suite({ name: client, module, skip }) {
+  describe(client, { skip }, () => {
     let homeport, pages, browser;
     before(async () => {
-      pages = await servePages(dist ? { genosdb: dist } : {});
+      pages = await servePages();
       browser = await launchChromium();
       homeport = await Homeport.start({
         rooms: ['notes', 'reload', 'late', { name: 'secret', password: 'pw1' }],

@@ -1,21 +1,16 @@
 // Firefox ESR with Chromium, and with the seed: directly, and through our TURN server alone.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import puppeteer from 'puppeteer-core';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { client } from './lib/clients.mjs';
 import { Homeport, TURN_USER } from './lib/homeport.mjs';
 
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
-if (!dist) console.log('GenosDB in Firefox: the stand-in takes its place, GENOSDB_DIST names no folder with its dist files');
 
 let homeport, pages, chromium, firefox;
 before(async () => {
   homeport = await Homeport.start({ rooms: ['notes'] });
-  pages = await servePages(dist ? { genosdb: dist } : {});
+  pages = await servePages();
   chromium = await launchChromium();
   firefox = await puppeteer.launch({
     browser: 'firefox', executablePath: process.env.FIREFOX ?? '/usr/bin/firefox-esr', headless: true,

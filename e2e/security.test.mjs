@@ -1,12 +1,12 @@
 // Rooms with a Security Manager: the seed signs, believes nobody who does not, and rules around the clock. Driven by a
 // stand-in that signs and verifies with ethers; and by unmodified GenosDB, when GENOSDB_DIST names its dist files.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
 import { writeFile } from 'node:fs/promises';
 import { join } from 'node:path';
 import { after, before, describe, test } from 'node:test';
 import { ethers } from 'ethers';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { clients } from './lib/clients.mjs';
 import { Homeport } from './lib/homeport.mjs';
 
 const ADMIN = 'test test test test test test test test test test test junk';
@@ -16,17 +16,13 @@ const TWO = 'letter advice cage absurd amount doctor acoustic avoid letter advic
 const [admin, seed, one, two] = [ADMIN, SEED, ONE, TWO].map(words => ethers.Wallet.fromPhrase(words).address);
 const superAdmins = [admin, seed];
 
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-if (!dist) console.log('GenosDB pages: skipped, GENOSDB_DIST names no folder with the published dist files of GenosDB');
-suite('stand-in', '/pages/wire-client.mjs', {});
-suite('GenosDB', `/genosdb/${file}`, { skip: dist ? false : 'GENOSDB_DIST is not set' });
+clients.forEach(suite);
 
-function suite(client, module, options) {
-  describe(client, options, () => {
+function suite({ name: client, module, skip }) {
+  describe(client, { skip }, () => {
     let homeport, pages, browser;
     before(async () => {
-      pages = await servePages(dist ? { genosdb: dist } : {});
+      pages = await servePages();
       browser = await launchChromium();
       homeport = await Homeport.start({
         settings: { HOMEPORT_CONFIG: 'homeport.toml', HOMEPORT_SEED__IDENTITY: SEED },

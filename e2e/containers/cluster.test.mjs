@@ -1,22 +1,19 @@
 // deploy/cluster/docker-compose.yml on three machines, each a Docker Engine in a network of its own: they find each other,
 // share a room, and go on when one is stopped. Part of ./test.sh --containers
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
 import { mkdtemp, rm } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { Lab, unable as noNamespaces } from '../nat/lab.mjs';
 import { Engine, unable } from './engine.mjs';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const skip = process.env.HOMEPORT_CONTAINERS ? unable() || noNamespaces() : 'building the image takes minutes; ./test.sh --containers runs them';
 if (skip) console.log(`containers of a cluster: skipped, ${skip}`);
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const NAMES = ['one', 'two', 'three'];
 const OVERRIDE = 'deploy/cluster/docker-compose.yml';
 
@@ -77,7 +74,7 @@ test('three machines with Docker Compose are one Homeport, also when one of them
 
     const site = await lab.site('port-restricted');
     const server = await lab.spawn(site.client,
-      [process.execPath, join(here, '../nat/serve-pages.mjs'), ...(dist ? [`genosdb=${dist}`] : [])], /http:\S+/);
+      [process.execPath, join(here, '../nat/serve-pages.mjs')], /http:\S+/);
     browser = await launchChromium([], await site.browser('/usr/bin/chromium'));
     const status = await openPage(browser, `http://${machines[0].host.address}:8080/`);
     await until(status, 'the status page to show all', () => document.getElementById('verdict').textContent === 'Everything works.'

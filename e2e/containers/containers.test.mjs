@@ -1,24 +1,20 @@
 // docker compose, in a real Docker Engine: the image is built, everything comes up, pages write while each service is
 // restarted, the other profiles come up, and all goes away. Ten minutes, most of it the build: ./test.sh --containers
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
-import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { Engine, unable } from './engine.mjs';
 
 const reason = process.env.HOMEPORT_CONTAINERS ? unable() : 'building the image takes minutes; ./test.sh --containers runs them';
 if (reason) console.log(`containers: skipped, ${reason}`);
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const options = { skip: reason };
 
 let engine, pages, browser;
 before(async () => {
   if (reason) return;
   engine = await Engine.start();
-  [pages, browser] = [await servePages(dist ? { genosdb: dist } : {}), await launchChromium()];
+  [pages, browser] = [await servePages(), await launchChromium()];
 });
 after(async () => {
   await browser?.close();

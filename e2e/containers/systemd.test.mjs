@@ -2,27 +2,24 @@
 // page writes, restored from a backup, rebooted, removed. A minute, and one more to make the Debian: ./test.sh --containers
 import assert from 'node:assert/strict';
 import { execFile, execFileSync } from 'node:child_process';
-import { existsSync } from 'node:fs';
 import { copyFile, readdir, rm, stat } from 'node:fs/promises';
 import { dirname, join, resolve } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { launchChromium, openPage, servePages, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { ADDRESS, Machine, unable } from './machine.mjs';
 
 const root = resolve(dirname(fileURLToPath(import.meta.url)), '../..');
 const reason = process.env.HOMEPORT_CONTAINERS ? unable() : 'building the package takes minutes; ./test.sh --containers runs them';
 if (reason) console.log(`systemd: skipped, ${reason}`);
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const options = { skip: reason };
 
 let machine, pages, browser, page;
 before(async () => {
   if (reason) return;
-  [machine, pages, browser] = [await Machine.start(), await servePages(dist ? { genosdb: dist } : {}), await launchChromium()];
+  [machine, pages, browser] = [await Machine.start(), await servePages(), await launchChromium()];
 });
 after(async () => {
   await browser?.close();

@@ -4,21 +4,18 @@
 import assert from 'node:assert/strict';
 import { execFile } from 'node:child_process';
 import { writeFile } from 'node:fs/promises';
-import { existsSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { binary, TURN_USER } from '../lib/homeport.mjs';
 import { Lab, unable } from './lab.mjs';
 import { archived, difference, model, SmallDisk, write } from './writing.mjs';
 
 const run = promisify(execFile);
 const here = dirname(fileURLToPath(import.meta.url));
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const reason = unable();
 if (reason) console.log(`three machines: skipped, ${reason}`);
 
@@ -127,7 +124,7 @@ class Machine {
 async function openPlace(lab, kind, machines) {
   const site = await lab.site(kind);
   const server = await lab.spawn(site.client,
-    [process.execPath, join(here, 'serve-pages.mjs'), ...(dist ? [`genosdb=${dist}`] : [])], /http:\S+/);
+    [process.execPath, join(here, 'serve-pages.mjs')], /http:\S+/);
   const browser = await launchChromium([], await site.browser('/usr/bin/chromium'));
   const hosts = machines.map(({ host }) => host.address);
   const rtc = {

@@ -11,6 +11,7 @@ import { test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { binary, TURN_USER } from '../lib/homeport.mjs';
 import { Lab, SERVER, unable } from './lab.mjs';
 import { archived, difference, model, SmallDisk, write } from './writing.mjs';
@@ -21,9 +22,6 @@ const reason = unable();
 if (reason) console.log(`faults: skipped, ${reason}`);
 const canDelay = existsSync('/dev/net/tun');
 if (!canDelay) console.log('faults: nothing is delayed, there is no /dev/net/tun');
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
 const seconds = Number(process.env.HOMEPORT_FAULTS_SECONDS ?? 60);
 const wish = process.env.HOMEPORT_FAULTS_SEED ?? '3';
 const start = wish === 'random' ? Math.floor(Math.random() * 2 ** 32) : Number(wish);
@@ -90,7 +88,7 @@ test('what pages write outlives everything that can happen to services and netwo
     for (const kind of ['port-restricted', 'symmetric', 'UDP blocked']) {
       const site = await lab.site(kind);
       const server = await lab.spawn(site.client,
-        [process.execPath, join(here, 'serve-pages.mjs'), ...(dist ? [`genosdb=${dist}`] : [])], /http:\S+/);
+        [process.execPath, join(here, 'serve-pages.mjs')], /http:\S+/);
       const browser = await launchChromium([], await site.browser('/usr/bin/chromium'));
       browsers.push(browser);
       const options = { rtc: { ...site.rtc(), relayUrls: Array.from({ length: RELAYS }, (_, index) => `ws://${SERVER}:${8080 + index}`) } };

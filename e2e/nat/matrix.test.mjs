@@ -3,21 +3,17 @@
 // else the stand-in. A few pairs by default, since a pair that cannot meet takes long to say so; HOMEPORT_NAT=all for
 // every pair, and HOMEPORT_NAT=write for the table in the README as well.
 import assert from 'node:assert/strict';
-import { existsSync } from 'node:fs';
 import { readFile, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { fileURLToPath } from 'node:url';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
+import { client } from '../lib/clients.mjs';
 import { KINDS, Lab, unable } from './lab.mjs';
 
 const here = dirname(fileURLToPath(import.meta.url));
 const reason = unable();
 if (reason) console.log(`the NAT matrix: skipped, ${reason}`);
-const dist = process.env.GENOSDB_DIST;
-const file = dist && ['index.min.js', 'index.js'].find(name => existsSync(join(dist, name)));
-const client = dist ? `/genosdb/${file}` : '/pages/wire-client.mjs';
-if (!dist) console.log('GenosDB pages behind NATs: the stand-in takes their place, GENOSDB_DIST names no folder with its dist files');
 
 const kinds = Object.keys(KINDS);
 const everything = ['all', 'write'].includes(process.env.HOMEPORT_NAT);
@@ -49,7 +45,7 @@ async function client_at(kind, second) {
   if (!sites.has(name)) {
     const site = await lab.site(kind);
     const server = await lab.spawn(site.client,
-      [process.execPath, join(here, 'serve-pages.mjs'), ...(dist ? [`genosdb=${dist}`] : [])], /http:\S+/);
+      [process.execPath, join(here, 'serve-pages.mjs')], /http:\S+/);
     // Where there is no IPv4 at all, Chromium's way to hide addresses behind names comes to no end, and it names none.
     const flags = KINDS[kind].v4 ? [] : ['--disable-features=WebRtcHideLocalIpsWithMdns'];
     const browser = await launchChromium(['--ignore-certificate-errors', ...flags], await site.browser('/usr/bin/chromium'));
