@@ -170,8 +170,8 @@ async fn run(cli: Cli) -> anyhow::Result<()> {
         })
         .collect::<Result<_, _>>()?;
     for number in 0..cli.links {
-        let link = SeedLink::open(&url, &format!("soak-{}", number / 10)).await?;
-        tasks.push(tokio::spawn(write(link, number, Arc::clone(&load))));
+        let link = SeedLink::open(&url, &database_of(number)).await?;
+        tasks.push(tokio::spawn(stay_linked(url.clone(), link, number, Arc::clone(&load))));
     }
     println!("# Everything at once\n");
     println!(
@@ -330,20 +330,38 @@ fn relay_packets(server: SocketAddr, load: &Load) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes to a hundred nodes of its own, over and over, and hears what the seed sends on.
-async fn write(mut link: SeedLink, number: usize, load: Arc<Load>) {
-    let mut count = 0_u64;
+fn database_of(number: usize) -> String {
+    format!("soak-{}", number / 10)
+}
+
+/// Writes on a link, and makes it anew when it has ended, as pages do.
+async fn stay_linked(url: String, mut link: SeedLink, number: usize, load: Arc<Load>) {
+    let mut count = 0;
+    loop {
+        write(&mut link, number, &mut count, &load).await;
+        load.seed.ended.fetch_add(1, Ordering::Relaxed);
+        link = loop {
+            match SeedLink::open(&url, &database_of(number)).await {
+                Ok(link) => break link,
+                Err(_) => tokio::time::sleep(Duration::from_secs(2)).await,
+            }
+        };
+    }
+}
+
+/// Writes to a hundred nodes of its own, over and over, and hears what the seed sends on, until the link ends.
+async fn write(link: &mut SeedLink, number: usize, count: &mut u64, load: &Load) {
     let mut sent: Option<(String, Instant)> = None;
     let mut next = tokio::time::Instant::now() + WRITE_PERIOD.mul_f64((number as f64 * 0.618_034).fract());
     loop {
         let outcome: anyhow::Result<()> = tokio::select! {
             () = tokio::time::sleep_until(next) => {
-                count += 1;
+                *count += 1;
                 next = tokio::time::Instant::now() + load.period(WRITE_PERIOD);
                 let marker = format!(r#""count":{count}}}"#);
                 let text = format!(
                     r#"[{{"type":"upsert","id":"{number}-{}","value":{{"by":{number},{marker},"timestamp":{{"physical":{},"logical":{count}}}}}]"#,
-                    count % 100, wall_ms()
+                    *count % 100, wall_ms()
                 );
                 if let Some((_, at)) = &sent && at.elapsed() > Duration::from_secs(10) {
                     load.seed.lost.fetch_add(1, Ordering::Relaxed);
@@ -363,7 +381,6 @@ async fn write(mut link: SeedLink, number: usize, load: Arc<Load>) {
             },
         };
         if outcome.is_err() {
-            load.seed.ended.fetch_add(1, Ordering::Relaxed);
             return;
         }
     }
