@@ -18,7 +18,7 @@ use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
 use crate::outbox::{Delivery, Outbox};
 use crate::presence::PresentKey;
-use crate::server::{Publisher, Refusal, Relay};
+use crate::relay::{Publisher, Refusal, Relay};
 use crate::subscriptions::Subscription;
 
 /// Messages to a client that may wait in the write buffer for one flush of the socket.

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::message::MAX_SUBSCRIPTION_ID;
-use crate::server::Relay;
+use crate::relay::Relay;
 
 /// What the relay says about itself; only what it really enforces.
 pub(crate) fn document(relay: &Relay) -> Value {

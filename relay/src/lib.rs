@@ -16,6 +16,7 @@ mod neighbours;
 mod outbox;
 mod presence;
 mod recent;
+mod relay;
 mod replication;
 mod server;
 mod store;

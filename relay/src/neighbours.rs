@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use crate::event::Event;
 use crate::filter::Filter;
 use crate::presence::PresentKey;
-use crate::server::Relay;
+use crate::relay::Relay;
 
 /// What neighbours do counts as done over one connection, which no client has.
 pub(crate) const NEIGHBOUR: u64 = u64::MAX - 1;

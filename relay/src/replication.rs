@@ -23,7 +23,7 @@ use service::{Cluster, Health, State};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::server::Relay;
+use crate::relay::Relay;
 use crate::store::{NotStored, StoreConfig};
 
 /// The stream, and the subject by which events reach it.
