@@ -69,7 +69,10 @@ struct Owner {
     speaks_cells: bool,
     /// Whether the peer is in a full mesh while the room is in cells.
     in_full_mesh: bool,
+    /// Operations of the peer's own.
     rate: OperationRate,
+    /// Operations of others, which it passes on from cell to cell.
+    rate_of_others: OperationRate,
 }
 
 /// Everything that the seed is connected to, and what it is made of.

@@ -86,8 +86,8 @@ pub struct Config {
     pub keep: Option<Duration>,
     /// Bytes of one message of a peer, inflated. Default 64 MiB.
     pub message_bytes: usize,
-    /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant. 0 is
-    /// without limit. Default 1,000.
+    /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant. What a
+    /// peer passes on for others, as cells do, may be ten times as much. 0 is without limit. Default 1,000.
     pub operations_per_second: u32,
     /// Whether what one peer of a full mesh writes is sent to the others as well, for those without a link. Default true.
     pub pass_on: bool,

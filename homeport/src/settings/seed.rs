@@ -53,7 +53,7 @@ pub(crate) struct SeedSettings {
     /// Bytes of one message of a peer, inflated.
     max_message_bytes: usize,
     /// Operations a second of one peer, and ten times as many at once; what it sends when it joins is not meant; `0`
-    /// sets no limit.
+    /// sets no limit. What a peer passes on for others, as cells do, may be ten times as much.
     operations_per_second: u32,
     /// Whether what one peer of a full mesh writes is sent to the others as well, a quarter of a second later, for those
     /// who could not be linked with it. Costs each of them the same traffic once more.

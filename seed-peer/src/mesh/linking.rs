@@ -5,7 +5,7 @@ use std::time::Instant;
 use genosdb::{PeerId, SdpKey, SealedDescription, Signal};
 use rand::RngCore as _;
 
-use super::messages::OperationRate;
+use super::messages::{OperationRate, PASSED_ON_BY_ONE};
 use super::room::MeshRoom;
 use super::watermarks::Heard;
 use super::{Mesh, Owner, RoomId};
@@ -113,6 +113,7 @@ impl Mesh {
             speaks_cells: false,
             in_full_mesh: false,
             rate: OperationRate::new(self.operations_per_second),
+            rate_of_others: OperationRate::new(self.operations_per_second.saturating_mul(PASSED_ON_BY_ONE)),
         };
         self.state.owners.insert(id, owner);
         id

@@ -11,7 +11,7 @@ use genosdb::{Batch, CellIndex, ChannelName, Content, Hlc, Message, Operation, P
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 
 use super::room::{MeshRoom, Part};
-use super::{Mesh, RoomId};
+use super::{Mesh, Owner, RoomId};
 use crate::archive::{Asker, Known, Received, Reply, RoomKey};
 use crate::link::Refused;
 use crate::links::LinkId;
@@ -19,12 +19,14 @@ use crate::time_of_day::wall_ms;
 
 /// Operations that may come at once, as seconds of the rate.
 const OPERATION_BURST_SECONDS: u32 = 10;
+/// For how many peers' operations one may pass on: a bridge does so for all of its cell, and for cells behind it.
+pub(super) const PASSED_ON_BY_ONE: u32 = 10;
 /// How often a peer is asked for all that it has.
 const ASK_FOR_ALL_INTERVAL: Duration = Duration::from_secs(30);
 /// Bytes, deflated, of an answer that is sent to everybody in a room.
 const MAX_ROOM_ANSWER: usize = 2 << 20;
 /// How long a peer may speak as in a full mesh before it is taken to be in one: it may not have sealed its roster.
-const MISMATCH_AFTER: std::time::Duration = std::time::Duration::from_secs(5);
+const MISMATCH_AFTER: Duration = Duration::from_secs(5);
 
 /// How many operations a peer may send. What it sends when it joins, a delta or a whole state, is not meant.
 pub(super) struct OperationRate(Option<DefaultDirectRateLimiter>);
@@ -42,6 +44,14 @@ impl OperationRate {
     }
 }
 
+/// Over which link operations came, and whether its peer has written them. Who wrote what it passes on, only signatures could
+/// tell: so it counts as that peer's doing, or whoever forges an origin would spend another's share, or have one without end.
+#[derive(Debug, Clone, Copy)]
+struct Bearer {
+    link: LinkId,
+    is_author: bool,
+}
+
 /// How a client and the seed disagree on a room.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Mismatch {
@@ -49,6 +59,12 @@ pub(super) enum Mismatch {
     ClientInCells,
     /// The client is in a full mesh, the seed in cells.
     ClientInFullMesh,
+}
+
+impl Owner {
+    fn rate_of(&self, bearer: Bearer) -> &OperationRate {
+        if bearer.is_author { &self.rate } else { &self.rate_of_others }
+    }
 }
 
 impl Mesh {
@@ -68,7 +84,8 @@ impl Mesh {
             return self.handle_cell_frame(now, id, peer, link, content, bytes);
         }
         let Content::Json(text) = content else { return self.refuse_message(link) };
-        let Some(said) = self.handle_graph(now, id, Asker::Link(link), &text, bytes) else {
+        let Some(said) = self.handle_graph(now, id, Asker::Link(link), Bearer { link, is_author: true }, &text, bytes)
+        else {
             return self.refuse_message(link);
         };
         // Answers go to one peer in cells as well; what is meant for everybody does not.
@@ -155,9 +172,11 @@ impl Mesh {
         match envelope.letter() {
             Letter::Channel { name: ChannelName::SYNC_GRAPH, payload } => {
                 let Some(room) = self.state.rooms.get(&id).filter(|room| room.part == Part::Graph) else { return };
+                let is_author = self.state.owners.get(&link).is_some_and(|owner| owner.peer == envelope.origin);
+                let bearer = Bearer { link, is_author };
                 // Who is linked is answered alone.
                 let asker = room.link_to(&envelope.origin).map_or(Asker::Room(id), Asker::Link);
-                if self.handle_graph(now, id, asker, payload.as_str(), bytes).is_none() {
+                if self.handle_graph(now, id, asker, bearer, payload.as_str(), bytes).is_none() {
                     self.refuse_message(link);
                 }
             }
@@ -200,7 +219,7 @@ impl Mesh {
         }
     }
 
-    fn owner_of(&self, asker: Asker) -> Option<&super::Owner> {
+    fn owner_of(&self, asker: Asker) -> Option<&Owner> {
         match asker {
             Asker::Link(link) => self.state.owners.get(&link),
             Asker::Room(_) | Asker::Linked(_) => None,
@@ -208,13 +227,21 @@ impl Mesh {
     }
 
     /// Takes in a message of operations. Returns what it was about; `None` when it is not one.
-    fn handle_graph(&mut self, now: Instant, id: RoomId, asker: Asker, text: &str, bytes: usize) -> Option<Said> {
+    fn handle_graph(
+        &mut self,
+        now: Instant,
+        id: RoomId,
+        asker: Asker,
+        bearer: Bearer,
+        text: &str,
+        bytes: usize,
+    ) -> Option<Said> {
         let is_ruled = self.state.rooms.get(&id)?.is_ruled;
         let (operations, malformed) = Batch::parse_with_text(text).ok()?;
         self.metrics.refused.with_label_values(&["operation"]).inc_by(u64::try_from(malformed).unwrap_or(u64::MAX));
         let archive = self.state.rooms.get(&id)?.archive;
-        let owner = self.owner_of(asker);
-        let sent = owner.and_then(|owner| owner.sent);
+        let sent = self.owner_of(asker).and_then(|owner| owner.sent);
+        let rate = self.state.owners.get(&bearer.link).map(|owner| owner.rate_of(bearer));
         let (questions, mut changes): (Vec<_>, Vec<_>) =
             operations.into_iter().partition(|(operation, _)| matches!(operation, Operation::Sync(_)));
         let is_live = |(operation, _): &(Operation, &str)| {
@@ -222,7 +249,7 @@ impl Mesh {
         };
         let said = Said { questions: !questions.is_empty(), changes: changes.iter().any(is_live) };
         let received = changes.len();
-        changes.retain(|change| !is_live(change) || owner.is_none_or(|owner| owner.rate.allows()));
+        changes.retain(|change| !is_live(change) || rate.is_none_or(OperationRate::allows));
         let too_fast = u64::try_from(received - changes.len()).unwrap_or(u64::MAX);
         self.metrics.operations.with_label_values(&["too_fast"]).inc_by(too_fast);
         if too_fast > 0
@@ -249,7 +276,7 @@ impl Mesh {
             tracing::debug!(?archive, "the archive is too busy for a message");
         }
         // One answer is enough, however often the question stands in one message.
-        let may_ask = self.owner_of(asker).is_none_or(|owner| owner.rate.allows());
+        let may_ask = self.state.owners.get(&bearer.link).is_none_or(|owner| owner.rate_of(bearer).allows());
         if may_ask && let Some((Operation::Sync(Sync { timestamp, .. }), _)) = questions.into_iter().next() {
             self.ask_archive(now, asker, id, Known { timestamp, sent });
         }

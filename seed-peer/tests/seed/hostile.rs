@@ -4,11 +4,13 @@ use std::io::Write as _;
 
 use flate2::Compression;
 use flate2::write::ZlibEncoder;
-use genosdb::{ChannelName, Content, Message};
-use seed_peer::{Bounds, RoomConfig, Server};
+use genosdb::{CellIndex, ChannelName, Content, MemoryGraph, Message, PeerId, Room};
+use seed_peer::{Bounds, Bridge, CellsConfig, Config, RoomConfig, Server};
 
-use crate::client::{Client, wall_ms};
-use crate::house::{config, counted, join, relay, url};
+use crate::client::{Client, new_id, wall_ms};
+use crate::house::{config, count, counted, join, relay, url};
+
+const OPERATIONS: &str = "homeport_seed_operations_total";
 
 /// Two peers that are linked with the seed alone, so that all between them goes through it.
 struct Calm {
@@ -48,7 +50,10 @@ fn frame(nonce: u8, flags: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 fn send_operations(peer: &Client, text: &str) {
-    let message = Message::new(ChannelName::SYNC_GRAPH, Content::Json(text.to_owned()));
+    send_message(peer, &Message::new(ChannelName::SYNC_GRAPH, Content::Json(text.to_owned())));
+}
+
+fn send_message(peer: &Client, message: &Message) {
     for index in 0..message.frames() {
         peer.send_raw(&message.frame(0, index));
     }
@@ -136,7 +141,7 @@ async fn a_hostile_peer_costs_the_others_nothing() {
             edges.join(",")
         ),
     );
-    counted(&seed, "homeport_seed_operations_total", "too_large", 1.0).await;
+    counted(&seed, OPERATIONS, "too_large", 1.0).await;
     calm.go_on("a million edges").await;
 
     // As many operations as fit.
@@ -151,13 +156,66 @@ async fn a_hostile_peer_costs_the_others_nothing() {
             .collect();
         send_operations(&rude, &format!("[{}]", flood.join(",")));
     }
-    counted(&seed, "homeport_seed_operations_total", "too_fast", 20_000.0).await;
+    counted(&seed, OPERATIONS, "too_fast", 20_000.0).await;
     calm.go_on("a flood").await;
     let grown = resident_kib().saturating_sub(before) / 1024;
     println!("after all of it the process, peers included, is {grown} MiB larger");
     assert!(grown < 700, "{grown} MiB");
 
     for peer in [calm.writer, calm.reader, rude] {
+        peer.vanish();
+    }
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_passes_on_too_much_in_cells_is_slowed_down_and_whom_it_names_is_not() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let cells = CellsConfig { cell_size: 4, bridge: Bridge::Every };
+    let room = RoomConfig { cells: Some(cells), ..RoomConfig::named("my-app") };
+    let bound = Config { operations_per_second: 10, ..config(&[&url], data.path(), vec![room]) };
+    let seed = Server::bind(bound).unwrap();
+    let join = |id| Client::join_cells(&url, &Room::graph_sync("my-app"), id, MemoryGraph::default(), 4);
+    let victim_id = new_id();
+    let (mut victim, mut rude) = (join(victim_id), join(new_id()));
+    for peer in [&mut victim, &mut rude] {
+        peer.until("the other and the seed", |view| view.linked.len() == 2).await;
+    }
+
+    // In the name of nobody, and of somebody who is there.
+    let origins: [PeerId; 4] = [new_id(), new_id(), new_id(), victim_id];
+    for (round, origin) in origins.into_iter().enumerate() {
+        let flood: Vec<String> = (0..1_000)
+            .map(|number| {
+                let (id, now) = (round * 1_000 + number, wall_ms());
+                format!(
+                    r#"{{"type":"upsert","id":"flood-{id}","value":1,"timestamp":{{"physical":{now},"logical":{id}}}}}"#
+                )
+            })
+            .collect();
+        let text = format!(
+            r#"{{"t":"msg","id":"{origin}:x:1","ttl":5,"data":{{"_ch":"syncGraph","_d":[{}]}},"origin":"{origin}","originCell":"cell-0"}}"#,
+            flood.join(",")
+        );
+        send_message(&rude, &Message::new(CellIndex(0).channel(), Content::Text(text)));
+    }
+    counted(&seed, OPERATIONS, "too_fast", 2_500.0).await;
+    // Each is taken or left out.
+    while count(&seed, OPERATIONS, "applied") + count(&seed, OPERATIONS, "too_fast") < 4_000.0 {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let left_out = count(&seed, OPERATIONS, "too_fast");
+
+    // Its own hundred at once are all there still.
+    let taken = count(&seed, OPERATIONS, "applied");
+    let words: Vec<String> = (0..100).map(|number| format!("put mine-{number} 1")).collect();
+    victim.write(&words.join("\n"));
+    counted(&seed, OPERATIONS, "applied", taken + 100.0).await;
+    assert_eq!(count(&seed, OPERATIONS, "too_fast").to_bits(), left_out.to_bits());
+    for peer in [victim, rude] {
         peer.vanish();
     }
     seed.shutdown().await;

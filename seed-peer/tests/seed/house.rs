@@ -64,19 +64,21 @@ pub(crate) fn join(relay: &str) -> Client {
     Client::join(relay, "my-app", "", new_id(), MemoryGraph::default())
 }
 
-/// Waits until the seed has counted `count` of something.
-pub(crate) async fn counted(seed: &Server, name: &str, label: &str, count: f64) {
-    let value = || -> f64 {
-        let families = seed.telemetry().registry.gather();
-        let metrics = families.iter().filter(|family| family.name() == name).flat_map(|family| family.get_metric());
-        metrics
-            .filter(|metric| label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label))
-            .map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value())
-            .sum()
-    };
+/// How much the seed has counted of something, with a label of that value if one is named.
+pub(crate) fn count(seed: &Server, name: &str, label: &str) -> f64 {
+    let families = seed.telemetry().registry.gather();
+    let metrics = families.iter().filter(|family| family.name() == name).flat_map(|family| family.get_metric());
+    metrics
+        .filter(|metric| label.is_empty() || metric.get_label().iter().any(|pair| pair.value() == label))
+        .map(|metric| metric.get_counter().get_value() + metric.get_gauge().get_value())
+        .sum()
+}
+
+/// Waits until the seed has counted so much of something.
+pub(crate) async fn counted(seed: &Server, name: &str, label: &str, wanted: f64) {
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    while value() < count {
-        assert!(tokio::time::Instant::now() < deadline, "{name} {label}: {} of {count}", value());
+    while count(seed, name, label) < wanted {
+        assert!(tokio::time::Instant::now() < deadline, "{name} {label}: {} of {wanted}", count(seed, name, label));
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
 }
