@@ -28,8 +28,8 @@ async function check(name, prepare = async () => {}) {
   await page.goto(`${homeport.httpUrl}/check`);
   await until(page, 'the end of the check', () => !document.getElementById('again').disabled, undefined, 90_000);
   const steps = Object.fromEntries(await page.$$eval('#steps li', list => list.map(({ dataset }) => [dataset.name, dataset.state])));
-  const seed = await page.$eval('#steps li[data-name="Seed peer"] .soft', line => line.textContent);
-  const said = { steps, seed, verdict: await page.textContent('#verdict'), advice: await page.$$eval('#advice li', list => list.map(({ textContent }) => textContent)) };
+  const lines = Object.fromEntries(await page.$$eval('#steps li', list => list.map(line => [line.dataset.name, line.lastChild.textContent])));
+  const said = { steps, lines, verdict: await page.textContent('#verdict'), advice: await page.$$eval('#advice li', list => list.map(({ textContent }) => textContent)) };
   await page.click('#share');
   await until(page, 'the report', () => document.getElementById('share')?.textContent === 'Copied' || document.querySelector('pre') !== null);
   said.report = await page.evaluate(async () => document.querySelector('pre')?.textContent ?? navigator.clipboard.readText());
@@ -45,13 +45,13 @@ const told = change => page => page.route('**/client-config.json', async route =
   await route.fulfill({ response: answer, json: change(await answer.json()) });
 });
 
-const all = { 'This server': 'works', Relay: 'works', 'A message': 'works', STUN: 'works', 'Seed peer': 'works', 'TURN over UDP': 'works', 'TURN over TCP': 'works', 'TURN over TLS': 'skipped' };
+const all = { 'This server': 'works', 'Your clock': 'works', Relay: 'works', 'A message': 'works', STUN: 'works', 'Seed peer': 'works', 'TURN over UDP': 'works', 'TURN over TCP': 'works', 'TURN over TLS': 'skipped' };
 
 test('with everything up, everything works', async () => {
-  const { steps, seed, verdict, advice, report } = await check('everything');
+  const { steps, lines, verdict, advice, report } = await check('everything');
   assert.deepEqual(steps, all);
   assert.equal(verdict, 'Everything works from here.');
-  assert.match(seed, /^Open after \d+ ms\. (Nothing on the way translates addresses|Others see you under one address)/);
+  assert.match(lines['Seed peer'], /^Open after \d+ ms\. (Nothing on the way translates addresses|Others see you under one address)/);
   assert.deepEqual(advice, []);
   assert.match(report, /TURN over UDP: works\nTURN over TCP: works\nTURN over TLS: not offered/);
 });
@@ -73,6 +73,19 @@ test('credentials that do not hold are said to be refused', async () => {
   })));
   assert.deepEqual(steps, { ...all, 'TURN over UDP': 'fails', 'TURN over TCP': 'fails' });
   assert.ok(advice.some(text => text.startsWith('Nothing goes through the TURN server')));
+});
+
+test('a clock that is wrong is said to be, by how much, and what to do', async () => {
+  for (const [minutes, said] of [[7, /7 min ahead of/], [-300, /5 hours behind/]]) {
+    const { steps, lines, verdict, advice } = await check('wrong-clock', page => page.addInitScript(ms => {
+      const now = Date.now;
+      Date.now = () => now() + ms;
+    }, minutes * 60_000));
+    assert.deepEqual(steps, { ...all, 'Your clock': 'fails' });
+    assert.match(lines['Your clock'], said);
+    assert.equal(verdict, 'Does not work: Your clock.');
+    assert.ok(advice.some(text => text.includes('Let this device set its clock by itself')));
+  }
 });
 
 test('a relay that is out of reach is named, and what to ask for', async () => {

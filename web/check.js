@@ -1,6 +1,8 @@
 // The connection check: tries, one after the other, what an app needs from this network, and says it in plain words.
 
 const PATIENCE_MS = 10_000;
+/** Peers whose clocks are further apart may not hear each other, unless their relay makes up for it. */
+const CLOCK_SKEW_MS = 60_000;
 const $ = id => document.getElementById(id);
 const found = [];
 
@@ -49,6 +51,18 @@ function connected(url) {
     const closed = () => fail(new Error('The relay cannot be reached: this network may not let WebSockets through.'));
     Object.assign(socket, { onerror: closed, onclose: closed });
   });
+}
+
+/** Compares this device's clock with the server's, which says only seconds. */
+async function clock() {
+  const before = Date.now();
+  const { headers } = await fetch('/healthz', { cache: 'no-store' });
+  const date = Date.parse(headers.get('date'));
+  if (Number.isNaN(date)) return { skipped: true, text: 'The server does not say what time it is.' };
+  const ahead = (before + Date.now()) / 2 - (date + 500);
+  const minutes = Math.round(Math.abs(ahead) / 60_000);
+  if (Math.abs(ahead) <= CLOCK_SKEW_MS) return { text: 'It agrees with the server’s.' };
+  throw new Error(`It is ${minutes > 120 ? `${Math.round(minutes / 60)} hours` : `${minutes} min`} ${ahead > 0 ? 'ahead of' : 'behind'} the server’s.`);
 }
 
 async function relay(url) {
@@ -204,6 +218,7 @@ async function run() {
     config = await (await fetch('/client-config.json')).json();
     return { text: 'It answers.' };
   });
+  await step('Your clock', 'Apps find each other by the time', clock);
   const [url] = config?.relayUrls ?? [`${location.protocol.replace('http', 'ws')}//${location.host}/`];
   const servers = (config?.turnConfig ?? []).map(server => ({ ...server, urls: [server.urls].flat() }));
   const turns = servers.flatMap(({ urls }) => urls).filter(address => /^turns?:/.test(address));
@@ -221,6 +236,7 @@ async function run() {
   const works = name => found.some(one => one.name === name && one.state === 'works');
   const advice = [];
   if (failed('This server') || failed('Relay')) advice.push('Apps cannot meet anybody from here. Ask whoever runs this network to let WebSockets to this server through, or tell whoever runs the server that its relay is out of reach.');
+  if (failed('Your clock')) advice.push('Apps may not find each other, and what you write may win or lose against what others write. Let this device set its clock by itself; if it is right, tell whoever runs the server that the server’s is wrong.');
   if (failed('A message')) advice.push('The relay takes connections but not messages: tell whoever runs the server.');
   if (failed('Seed peer')) advice.push('The seed peer is out of reach from here: what you write waits until another person is online. Ask whoever runs this network to let UDP through, or tell whoever runs the server.');
   const ways = ['TURN over UDP', 'TURN over TCP', 'TURN over TLS'];

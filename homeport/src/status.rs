@@ -35,7 +35,7 @@ use machines::{Machine, Machines};
 use service_status::{PartStatus, ServiceStatus};
 
 pub(crate) use machines::Reporter;
-pub(crate) use others::Others;
+pub(crate) use others::{Others, metrics_of, sum_in};
 
 /// The page itself, which the relay serves at its root.
 pub(crate) const PAGE: &str = include_str!("../../web/status.html");

@@ -18,7 +18,7 @@ use crate::limits::{Admitted, ConnectionLimit};
 use crate::message::{ClientMessage, MessageError, relay_message};
 use crate::outbox::{Delivery, Outbox};
 use crate::presence::PresentKey;
-use crate::relay::{Publisher, Refusal, Relay};
+use crate::relay::{Accepted, Publisher, Refusal, Relay};
 use crate::subscriptions::Subscription;
 
 /// Messages to a client that may wait in the write buffer for one flush of the socket.
@@ -64,6 +64,7 @@ pub(crate) async fn serve(
         joined: HashSet::new(),
         replays: VecDeque::new(),
         malformed: 0,
+        clock_is_known: false,
     };
     let reason = connection.run(stop).await;
     connection.relay.metrics.disconnects.with_label_values(&[reason.label()]).inc();
@@ -73,6 +74,11 @@ pub(crate) async fn serve(
         let _ = timeout(Duration::from_millis(500), connection.socket.send(frame)).await;
     }
     connection.relay.metrics.connections.dec();
+}
+
+/// Seconds since the Unix epoch.
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// Why a connection ended.
@@ -130,6 +136,8 @@ struct Connection {
     /// Present peers that new subscriptions are still to hear of.
     replays: VecDeque<(Arc<Subscription>, PresentKey)>,
     malformed: usize,
+    /// Whether the client's clock was compared with ours.
+    clock_is_known: bool,
 }
 
 impl Connection {
@@ -248,6 +256,11 @@ impl Connection {
         let (accepted, reason) = match self.relay.publish(event, raw, client, &mut self.keys).await {
             Ok((accepted, joined)) => {
                 self.joined.extend(joined);
+                // What is stored may have been written long ago, and what comes again may be old.
+                if event.is_ephemeral() && accepted != Accepted::Duplicate && !self.clock_is_known {
+                    self.clock_is_known = true;
+                    self.relay.compare_clocks(event.pubkey, event.created_at, unix_now());
+                }
                 (true, accepted.reason().to_owned())
             }
             Err(refusal) => {
@@ -263,9 +276,10 @@ impl Connection {
 
     /// Takes a client's proof of its key (NIP-42).
     async fn prove(&mut self, event: &Event<'_>) -> ControlFlow<End> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let verdict = match self.relay.verify(event, self.admitted.origin(), &mut self.keys) {
-            Ok(()) => self.relay.gate.accepts_proof(event, &self.challenge, &self.hosts, now).map_err(str::to_owned),
+            Ok(()) => {
+                self.relay.gate.accepts_proof(event, &self.challenge, &self.hosts, unix_now()).map_err(str::to_owned)
+            }
             Err(refusal) => Err(refusal.to_string()),
         };
         if verdict.is_ok() {

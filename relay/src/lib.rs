@@ -2,6 +2,7 @@
 //! index by kind, tag and value, and are never stored. Other events are, when a store is set.
 
 mod admission;
+mod clocks;
 mod connection;
 mod dials;
 mod event;

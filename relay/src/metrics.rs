@@ -20,6 +20,8 @@ pub(crate) struct Metrics {
     pub(crate) held_back: IntCounter,
     pub(crate) replayed: IntCounter,
     pub(crate) present: IntGauge,
+    pub(crate) client_clocks: IntCounterVec,
+    pub(crate) client_clock_ahead: IntGauge,
     pub(crate) tls_handshakes: IntCounterVec,
     pub(crate) certificate_expiry: IntGauge,
     pub(crate) verification_seconds: Histogram,
@@ -77,6 +79,17 @@ impl Metrics {
                 "Announces of present peers that a new subscriber was given at once.",
             )?,
             present: IntGauge::new("homeport_relay_present_peers", "Peers that are present under a topic now.")?,
+            client_clocks: IntCounterVec::new(
+                Opts::new(
+                    "homeport_relay_client_clocks_total",
+                    "Clocks of clients beside ours, when they first spoke on a connection: near (within relay.clock_skew), ahead, behind.",
+                ),
+                &["clock"],
+            )?,
+            client_clock_ahead: IntGauge::new(
+                "homeport_relay_client_clock_ahead_seconds",
+                "By how much the clocks of clients are ahead of ours: the median of the last 128 authors, 0 until five are known.",
+            )?,
             tls_handshakes: IntCounterVec::new(
                 Opts::new("homeport_relay_tls_handshakes_total", "TLS handshakes of clients, by how they went."),
                 &["result"],
@@ -121,6 +134,8 @@ impl Metrics {
         registry.register(Box::new(metrics.held_back.clone()))?;
         registry.register(Box::new(metrics.replayed.clone()))?;
         registry.register(Box::new(metrics.present.clone()))?;
+        registry.register(Box::new(metrics.client_clocks.clone()))?;
+        registry.register(Box::new(metrics.client_clock_ahead.clone()))?;
         registry.register(Box::new(metrics.tls_handshakes.clone()))?;
         registry.register(Box::new(metrics.certificate_expiry.clone()))?;
         registry.register(Box::new(metrics.verification_seconds.clone()))?;
@@ -133,6 +148,9 @@ impl Metrics {
         }
         metrics.events.with_label_values(&["accepted", "ephemeral"]);
         metrics.drops.with_label_values(&["slow_client"]);
+        for clock in ["near", "ahead", "behind"] {
+            metrics.client_clocks.with_label_values(&[clock]);
+        }
         for result in ["ok", "failed"] {
             metrics.tls_handshakes.with_label_values(&[result]);
         }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{Gate, NotAdmitted};
+use crate::clocks::Clocks;
 use crate::dials::{self, DialLedger};
 use crate::event::{Event, KeyCache, VerifyError};
 use crate::limits::{self, AddressLimits, Rates};
@@ -49,6 +50,7 @@ pub(crate) struct Relay {
     pub(crate) replication: Option<Arc<Replication>>,
     pub(crate) page: Page,
     pub(crate) recent: RecentIds,
+    pub(crate) clocks: Clocks,
     pub(crate) next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
     pub(crate) stop: CancellationToken,
@@ -160,6 +162,23 @@ impl Relay {
         }
         let unheard = event.is_ephemeral() && heard_by == 0 && !told;
         Ok((if unheard { Accepted::Mute } else { Accepted::Delivered }, joined))
+    }
+
+    /// Takes note of what a client's clock says, in seconds since the Unix epoch, and of what ours says.
+    pub(crate) fn compare_clocks(&self, author: [u8; 32], theirs: u64, ours: u64) {
+        let ahead = i64::try_from(i128::from(theirs) - i128::from(ours)).unwrap_or(i64::MAX);
+        let is_near = ahead.unsigned_abs() <= self.limits.clock_skew_seconds;
+        let clock = if is_near {
+            "near"
+        } else if ahead > 0 {
+            "ahead"
+        } else {
+            "behind"
+        };
+        self.metrics.client_clocks.with_label_values(&[clock]).inc();
+        if let Some(median) = self.clocks.note(author, ahead) {
+            self.metrics.client_clock_ahead.set(median);
+        }
     }
 
     /// Has the other relays store what is stored here; also what was here already: its author may say it again because

@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::admission::{self, Admission, Gate};
+use crate::clocks::Clocks;
 use crate::connection;
 use crate::dials::DialLedger;
 use crate::information;
@@ -235,6 +236,7 @@ impl Server {
             neighbours,
             replication,
             recent: RecentIds::default(),
+            clocks: Clocks::default(),
             next_connection: AtomicU64::new(1),
             metrics,
             stop: stop.clone(),

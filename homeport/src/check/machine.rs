@@ -137,9 +137,11 @@ pub(super) fn disk(settings: &Settings) -> Vec<Finding> {
     findings
 }
 
+/// What to do about a clock that is wrong.
+pub(super) const CLOCK_ADVICE: &str = "set the clock, and keep it by NTP (timedatectl set-ntp true): operations with wrong times win or lose against others";
+
 /// Whether the clock can be right: it is not before this program was made, nor far behind what the archive has seen.
 pub(super) fn clock(settings: &Settings) -> Vec<Finding> {
-    const ADVICE: &str = "set the clock, and keep it by NTP (timedatectl set-ntp true): operations with wrong times win or lose against others";
     let now = SystemTime::now();
     let shown = |at: SystemTime| {
         let at = UNIX_EPOCH + Duration::from_secs(at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs());
@@ -149,7 +151,11 @@ pub(super) fn clock(settings: &Settings) -> Vec<Finding> {
     if let Ok(made) = made
         && now + DRIFT_CAP < made
     {
-        return vec![Finding::failure("clock", format!("{} is before this program was made", shown(now)), ADVICE)];
+        return vec![Finding::failure(
+            "clock",
+            format!("{} is before this program was made", shown(now)),
+            CLOCK_ADVICE,
+        )];
     }
     let archive = settings.seed.data.join("archive.sqlite");
     let written = [archive.clone(), archive.with_extension("sqlite-wal")]
@@ -162,7 +168,7 @@ pub(super) fn clock(settings: &Settings) -> Vec<Finding> {
         return vec![Finding::failure(
             "clock",
             format!("{} is long before the archive was last written, {}", shown(now), shown(written)),
-            ADVICE,
+            CLOCK_ADVICE,
         )];
     }
     vec![Finding::ok("clock", format!("{}; browsers must be within two hours of that", shown(now)))]

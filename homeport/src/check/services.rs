@@ -10,16 +10,20 @@ use seed_peer::CheckRoom;
 use tokio::net::{TcpStream, lookup_host};
 use turn_server::{Addresses, ProbeTransport};
 
+use super::machine::CLOCK_ADVICE;
 use super::names::host_of;
 use super::{Finding, Service};
 use crate::probe::meeting::{Meeting, MeetingError, MeetingPlace};
 use crate::probe::{self, PATIENCE, TurnLogin, TurnTries};
 use crate::run::{own_address, own_url};
 use crate::settings::Settings;
+use crate::status::{metrics_of, sum_in};
 use crate::turn_secret;
 
 /// A certificate that ends sooner should have been renewed long ago.
 const ENDS_SOON: Duration = Duration::from_secs(14 * 86_400);
+/// Fewer clocks of clients say nothing about ours; some are the machine's own, which tries its services out.
+const ENOUGH_CLOCKS: f64 = 5.0;
 
 /// Asks those services that are `asked` for.
 pub(super) async fn ask(settings: &Settings, asked: impl Fn(Service) -> bool) -> anyhow::Result<Vec<Finding>> {
@@ -55,6 +59,7 @@ pub(super) async fn ask(settings: &Settings, asked: impl Fn(Service) -> bool) ->
             findings.push(relay(&what, place(url)).await);
         }
         findings.extend(certificates(settings, Arc::clone(&tls)).await);
+        findings.extend(clocks(settings).await);
     } else {
         meets = settings.seed.relays.first().cloned().or_else(|| settings.relay_url()).map(place);
     }
@@ -90,6 +95,31 @@ async fn relay(what: &str, place: MeetingPlace) -> Finding {
         ),
         Err(error) => Finding::failure(what, error.to_string(), "the log of the relay says more"),
     }
+}
+
+/// Whether this machine's clock is that of most clients, as the relay has seen them; nothing while it has seen too few.
+async fn clocks(settings: &Settings) -> Option<Finding> {
+    // Who runs no relay here, or keeps its metrics elsewhere, is told of that above, or has chosen so.
+    let metrics = metrics_of(own_address(settings.metrics.listen)).await.ok()?;
+    let of = |clock: &str| sum_in(&metrics, "homeport_relay_client_clocks_total", &[clock]);
+    let (near, ahead, behind) = (of("near"), of("ahead"), of("behind"));
+    let seen = near + ahead + behind;
+    if seen < ENOUGH_CLOCKS {
+        return None;
+    }
+    let median = sum_in(&metrics, "homeport_relay_client_clock_ahead_seconds", &[]);
+    let limit = settings.relay.clock_skew_seconds;
+    let off = Duration::try_from_secs_f64(median.abs().round()).unwrap_or(Duration::MAX);
+    if off.as_secs() > limit {
+        let off = humantime::format_duration(off);
+        let than_here = if median > 0.0 { "later" } else { "earlier" };
+        let found = format!("most of the {seen} clients that were seen say that it is {off} {than_here} than here");
+        return Some(Finding::failure("clock", found, CLOCK_ADVICE));
+    }
+    let found = format!(
+        "that of most clients; of {seen} that were seen, {ahead} were more than {limit} s ahead, {behind} behind"
+    );
+    Some(Finding::ok("clock, beside those of clients", found))
 }
 
 /// Whether the certificates that clients see are for the names that they use, are trusted, and last.

@@ -46,7 +46,7 @@ pub(crate) struct RelaySettings {
     /// Bytes that kept events may take.
     store_max_bytes: usize,
     /// How far the clocks of two clients may be apart before a `since` costs an ephemeral event.
-    clock_skew_seconds: u64,
+    pub(crate) clock_skew_seconds: u64,
     /// Leading zero bits that an event's id must have (NIP-13).
     min_pow_difficulty: u32,
     /// Announces a second that one subscriber gets per topic; `0` passes every one on.

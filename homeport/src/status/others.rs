@@ -81,11 +81,12 @@ impl Others {
     /// The sum of a metric's series over all, of those with one of `labels` as the value of a label if there are any.
     pub(crate) fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.iter().map(|other| sum(&other.metrics, name, labels)).sum()
+        all.iter().map(|other| sum_in(&other.metrics, name, labels)).sum()
     }
 }
 
-fn sum(metrics: &str, name: &str, labels: &[&str]) -> f64 {
+/// The sum of a metric's series, of those with one of `labels` as the value of a label if there are any.
+pub(crate) fn sum_in(metrics: &str, name: &str, labels: &[&str]) -> f64 {
     let series = metrics.lines().filter_map(|line| {
         let rest = line.strip_prefix(name)?;
         // The name may be the beginning of another.
@@ -117,7 +118,12 @@ async fn ask(address: SocketAddr) -> anyhow::Result<(Vec<PartStatus>, String)> {
     let report: Report =
         serde_json::from_str(&get(address, "/healthz").await?).context("what answers there is no Homeport")?;
     let part = |(name, Part { state, reason })| PartStatus { name, state, reason };
-    Ok((report.parts.into_iter().map(part).collect(), get(address, "/metrics").await?))
+    Ok((report.parts.into_iter().map(part).collect(), metrics_of(address).await?))
+}
+
+/// The metrics of a Homeport, as Prometheus reads them.
+pub(crate) async fn metrics_of(address: SocketAddr) -> anyhow::Result<String> {
+    get(address, "/metrics").await
 }
 
 async fn get(address: SocketAddr, path: &str) -> anyhow::Result<String> {
@@ -144,10 +150,10 @@ mod tests {
     fn numbers_are_read_as_prometheus_writes_them() {
         let text = "# HELP homeport_seed_links x\nhomeport_seed_links{room=\"a\"} 3\nhomeport_seed_links{room=\"b\"} 4\n\
                     homeport_seed_links_more 100\nhomeport_seed_nodes 7\n";
-        assert_eq!(sum(text, "homeport_seed_links", &[]), 7.0);
-        assert_eq!(sum(text, "homeport_seed_links", &["b", "c"]), 4.0);
-        assert_eq!(sum(text, "homeport_seed_nodes", &[]), 7.0);
-        assert_eq!(sum(text, "homeport_turn_allocations", &[]), 0.0);
+        assert_eq!(sum_in(text, "homeport_seed_links", &[]), 7.0);
+        assert_eq!(sum_in(text, "homeport_seed_links", &["b", "c"]), 4.0);
+        assert_eq!(sum_in(text, "homeport_seed_nodes", &[]), 7.0);
+        assert_eq!(sum_in(text, "homeport_turn_allocations", &[]), 0.0);
         assert_eq!(service_of(text), Some("seed"));
     }
 

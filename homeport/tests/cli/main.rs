@@ -3,6 +3,7 @@
 
 mod archive;
 mod backup;
+mod check;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream, UdpSocket};
