@@ -83,7 +83,7 @@ test('a clock that is wrong is said to be, by how much, and what to do', async (
     }, minutes * 60_000));
     assert.deepEqual(steps, { ...all, 'Your clock': 'fails' });
     assert.match(lines['Your clock'], said);
-    assert.equal(verdict, 'Does not work: Your clock.');
+    assert.equal(verdict, 'Your clock is wrong.');
     assert.ok(advice.some(text => text.includes('Let this device set its clock by itself')));
   }
 });

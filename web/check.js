@@ -1,10 +1,15 @@
 // The connection check: tries, one after the other, what an app needs from this network, and says it in plain words.
 
 const PATIENCE_MS = 10_000;
+const CLOCK = 'Your clock';
 /** Peers whose clocks are further apart may not hear each other, unless their relay makes up for it. */
 const CLOCK_SKEW_MS = 60_000;
 const $ = id => document.getElementById(id);
 const found = [];
+/** What is said of a step's outcome, and of a clock. */
+const WORDS = { trying: '…', works: 'works', fails: 'does not work', skipped: 'not offered' };
+const OF_CLOCK = { ...WORDS, works: 'is right', fails: 'is wrong' };
+const word = (name, state) => (name === CLOCK ? OF_CLOCK : WORDS)[state];
 
 function show(name, state, text) {
   let line = [...$('steps').children].find(({ dataset }) => dataset.name === name);
@@ -17,7 +22,7 @@ function show(name, state, text) {
     $('steps').append(line);
   }
   line.dataset.state = state;
-  line.children[1].textContent = { trying: '…', works: 'works', fails: 'does not work', skipped: 'not offered' }[state];
+  line.children[1].textContent = word(name, state);
   line.children[1].className = state === 'works' ? 'good' : state === 'fails' ? 'bad' : 'soft';
   line.children[2].textContent = text;
 }
@@ -218,7 +223,7 @@ async function run() {
     config = await (await fetch('/client-config.json')).json();
     return { text: 'It answers.' };
   });
-  await step('Your clock', 'Apps find each other by the time', clock);
+  await step(CLOCK, 'Apps find each other by the time', clock);
   const [url] = config?.relayUrls ?? [`${location.protocol.replace('http', 'ws')}//${location.host}/`];
   const servers = (config?.turnConfig ?? []).map(server => ({ ...server, urls: [server.urls].flat() }));
   const turns = servers.flatMap(({ urls }) => urls).filter(address => /^turns?:/.test(address));
@@ -236,7 +241,7 @@ async function run() {
   const works = name => found.some(one => one.name === name && one.state === 'works');
   const advice = [];
   if (failed('This server') || failed('Relay')) advice.push('Apps cannot meet anybody from here. Ask whoever runs this network to let WebSockets to this server through, or tell whoever runs the server that its relay is out of reach.');
-  if (failed('Your clock')) advice.push('Apps may not find each other, and what you write may win or lose against what others write. Let this device set its clock by itself; if it is right, tell whoever runs the server that the server’s is wrong.');
+  if (failed(CLOCK)) advice.push('Apps may not find each other, and what you write may win or lose against what others write. Let this device set its clock by itself; if it is right, tell whoever runs the server that the server’s is wrong.');
   if (failed('A message')) advice.push('The relay takes connections but not messages: tell whoever runs the server.');
   if (failed('Seed peer')) advice.push('The seed peer is out of reach from here: what you write waits until another person is online. Ask whoever runs this network to let UDP through, or tell whoever runs the server.');
   const ways = ['TURN over UDP', 'TURN over TCP', 'TURN over TLS'];
@@ -244,9 +249,10 @@ async function run() {
   else if (failed('TURN over UDP')) advice.push('UDP is blocked here, but another way works: connections will be slower, not broken. Ask whoever runs this network to let UDP through.');
   $('advice').replaceChildren(...advice.map(text => Object.assign(document.createElement('li'), { textContent: text })));
   $('advice-section').hidden = advice.length === 0;
-  const troubled = found.filter(({ state }) => state === 'fails');
-  $('verdict').textContent = troubled.length === 0 ? 'Everything works from here.' : `Does not work: ${troubled.map(({ name }) => name).join(', ')}.`;
-  $('verdict').className = troubled.length === 0 ? 'good' : 'bad';
+  const troubled = found.filter(({ name, state }) => state === 'fails' && name !== CLOCK).map(({ name }) => name);
+  const verdict = [troubled.length > 0 && `Does not work: ${troubled.join(', ')}.`, failed(CLOCK) && 'Your clock is wrong.'].filter(Boolean);
+  $('verdict').textContent = verdict.join(' ') || 'Everything works from here.';
+  $('verdict').className = verdict.length === 0 ? 'good' : 'bad';
   $('share').disabled = $('again').disabled = false;
 }
 
@@ -254,7 +260,7 @@ async function run() {
 export function report() {
   const browser = /(Firefox|Edg|Chrome|Safari)\/\d+/.exec(navigator.userAgent)?.[0] ?? 'another browser';
   return [`Homeport connection check, ${new Date().toISOString().slice(0, 16)}Z, ${browser}`,
-    ...found.map(({ name, state }) => `${name}: ${{ works: 'works', fails: 'does not work', skipped: 'not offered' }[state]}`)].join('\n');
+    ...found.map(({ name, state }) => `${name}: ${word(name, state)}`)].join('\n');
 }
 
 $('share').addEventListener('click', async () => {

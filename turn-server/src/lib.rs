@@ -5,6 +5,7 @@
 
 mod batch;
 mod bucket;
+mod coalescing;
 mod credentials;
 mod engine;
 mod external;

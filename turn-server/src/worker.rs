@@ -12,6 +12,7 @@ use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSockRef};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustls::{ServerConfig, ServerConnection};
 
+use crate::coalescing::Coalescing;
 use crate::engine::{AllocationId, ClientId, Engine, Now, Place, Transport};
 use crate::frame::first_frame;
 use crate::metrics::Metrics;
@@ -96,6 +97,7 @@ pub(crate) struct Worker {
     mailbox: Mailbox,
     metrics: Metrics,
     receive: Receive,
+    coalescing: Coalescing,
     /// Messages of clients that are not in the metrics yet.
     from_clients: u64,
     swept: Instant,
@@ -109,6 +111,8 @@ struct Receive {
     meta: Vec<RecvMeta>,
     /// Buffers that are offered to the system: preparing each costs, so one more than were needed last time.
     offered: usize,
+    /// Datagrams that came since the thread was woken.
+    packets: u64,
     /// Datagrams that came in batches, by size of the batch, for the metrics.
     batches: LocalHistogram,
 }
@@ -145,6 +149,7 @@ impl Worker {
             buffer: vec![0; RECEIVE_BUFFER * BATCH_SIZE],
             meta: vec![RecvMeta::default(); BATCH_SIZE],
             offered: 2,
+            packets: 0,
             batches: metrics.batch_packets.local(),
         };
         let swept = Instant::now();
@@ -157,6 +162,7 @@ impl Worker {
             mailbox,
             metrics,
             receive,
+            coalescing: Coalescing::new(swept),
             from_clients: 0,
             swept,
             published: swept,
@@ -168,6 +174,9 @@ impl Worker {
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Vec::with_capacity(EVENTS);
         loop {
+            if let Some(rest) = self.coalescing.rest() {
+                std::thread::sleep(rest);
+            }
             let timeout = self.timeout(Instant::now());
             events.clear();
             match epoll::wait(&self.sockets.epoll, rustix::buffer::spare_capacity(&mut events), timeout.as_ref()) {
@@ -185,6 +194,7 @@ impl Worker {
                     Source::Relay(index) => self.receive_from_peers(index, now.instant),
                 }
             }
+            self.coalescing.woke(std::mem::take(&mut self.receive.packets), now.instant);
             self.engine.expire(now.instant, &mut self.sockets);
             for (index, end) in self.sockets.flush() {
                 self.end_stream(index, end, now.instant);
@@ -266,6 +276,7 @@ impl Worker {
                 self.engine.client_message(now, client, datagram, &mut self.sockets);
             }
             self.from_clients += u64::from(received);
+            self.receive.packets += u64::from(received);
             self.receive.batches.observe(received.into());
             if !more {
                 return;
@@ -286,6 +297,7 @@ impl Worker {
                 received += 1;
                 self.engine.peer_datagram(now, allocation, canonical(meta.addr), datagram, &mut self.sockets);
             }
+            self.receive.packets += u64::from(received);
             self.receive.batches.observe(received.into());
             if !more {
                 return;
