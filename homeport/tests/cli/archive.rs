@@ -97,6 +97,52 @@ fn a_room_is_filled_looked_at_taken_away_and_brought_back() {
 }
 
 #[test]
+fn what_is_older_than_is_kept_leaves_the_log_and_the_room_stays_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let up = |keep: &str| {
+        let mut command = homeport(here, "up");
+        command.args(["--room", "my-app"]).env("HOMEPORT_SEED__KEEP", keep);
+        started(command).0
+    };
+    let mut child = up("90d");
+    for value in 0..3 {
+        let nodes: Vec<String> = (0..50).map(|id| format!(r#"{{"id":"n{id}","value":{value}}}"#)).collect();
+        write(here, "nodes", &nodes.iter().map(String::as_str).collect::<Vec<_>>());
+        rooms(here, &["import", "my-app", "nodes"], true);
+    }
+    let filled = moment();
+    let body = || rooms(here, &["export", "my-app"], true).lines().skip(1).map(str::to_owned).collect::<Vec<_>>();
+    let logged = || rooms(here, &["log", "my-app", "--last", "1000"], true).lines().count();
+    let before = body();
+    assert_eq!((before.len(), logged()), (50, 150));
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
+
+    // What was written grows older than a second.
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let mut child = up("1s");
+    while logged() > 0 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(body(), before);
+    let past = rooms(here, &["show", "my-app", "--at", &filled], false);
+    assert!(past.contains("log"), "that moment is gone, and said to be: {past}");
+    write(here, "nodes", &[r#"{"id":"n0","value":"new"}"#]);
+    rooms(here, &["import", "my-app", "nodes"], true);
+    signal(&child, "-KILL");
+    child.wait().unwrap();
+
+    let mut child = up("90d");
+    assert_eq!((body().len(), logged()), (50, 1));
+    let output = homeport(here, "check").arg("--offline").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("ok       room my-app: 50 nodes are what its 1 operations say"), "{text}");
+    signal(&child, "-TERM");
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
 fn a_seed_with_an_identity_signs_and_rules_and_one_without_writes_nothing_there() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
