@@ -5,14 +5,14 @@ import { dirname, extname, join, normalize, resolve, sep } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { once } from 'node:events';
 import { chromium } from 'playwright-core';
-import { folders } from './clients.mjs';
+import { dist } from './genosdb.mjs';
 
 const here = resolve(dirname(fileURLToPath(import.meta.url)), '..');
 const types = { '.html': 'text/html', '.mjs': 'text/javascript', '.js': 'text/javascript', '.wasm': 'application/wasm' };
 
 /** Serves the test pages, npm's packages under `/node_modules`, and GenosDB's published files where they are. */
 export async function servePages() {
-  const roots = { pages: join(here, 'pages'), node_modules: join(here, 'node_modules'), ...folders };
+  const roots = { pages: join(here, 'pages'), node_modules: join(here, 'node_modules'), ...(dist ? { genosdb: dist } : {}) };
   const server = createServer(async (request, response) => {
     const path = normalize(decodeURIComponent(new URL(request.url, 'http://x').pathname));
     const [, name, ...rest] = path.split(sep);

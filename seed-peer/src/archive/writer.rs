@@ -51,8 +51,8 @@ pub(super) struct Writer {
     shared: Arc<Shared>,
     /// Requests that the disk, or the cluster, refused and that are tried again.
     held: Vec<Request>,
-    /// Whether the last thing that was to be written was refused.
-    is_refusing: bool,
+    /// When to try again, since the last thing that was to be written was refused.
+    next_try: Option<Instant>,
     pub(super) refusals: Notices<(i64, &'static str)>,
     /// The log entry up to which each room's rules have seen everything.
     pub(super) governed: HashMap<RoomKey, u64>,
@@ -87,7 +87,7 @@ impl Writer {
             health,
             shared,
             held: Vec::new(),
-            is_refusing: false,
+            next_try: None,
             refusals: Notices::default(),
             governed: HashMap::new(),
             shipping,
@@ -114,25 +114,29 @@ impl Writer {
     pub(super) fn run(&mut self, requests: &Receiver<Request>) {
         let mut busy = false;
         loop {
-            let wait = match (self.is_refusing, self.config.keep) {
-                (true, _) => RETRY,
-                (false, Some(_)) => self.next_compaction.saturating_duration_since(Instant::now()).min(IDLE),
-                (false, None) => IDLE,
+            let due = match (self.next_try, self.config.keep) {
+                (Some(next_try), _) => Some(next_try),
+                (None, Some(_)) => Some(self.next_compaction),
+                (None, None) => None,
             };
+            let wait = due.map_or(IDLE, |due| due.saturating_duration_since(Instant::now()).min(IDLE));
             match requests.recv_timeout(wait) {
                 Ok(first) => {
                     self.gather(first, requests);
                     busy = true;
                 }
-                Err(RecvTimeoutError::Timeout) if !self.is_refusing => {
+                Err(RecvTimeoutError::Timeout) if self.next_try.is_some() => {}
+                Err(RecvTimeoutError::Timeout) => {
                     if std::mem::take(&mut busy) {
                         self.shrink();
                     }
                     self.compact();
                 }
-                Err(RecvTimeoutError::Timeout) if self.held.is_empty() => self.try_disk(),
-                Err(RecvTimeoutError::Timeout) => self.commit(Vec::new()),
                 Err(RecvTimeoutError::Disconnected) => break,
+            }
+            // By the clock: where requests never cease, of which none writes, nothing else would find out.
+            if self.next_try.is_some_and(|next_try| next_try <= Instant::now()) {
+                self.try_again();
             }
         }
         if !self.held.is_empty() {
@@ -246,7 +250,7 @@ impl Writer {
                 for reply in replies {
                     self.reply(reply);
                 }
-                if shows_that_it_writes || !self.is_refusing {
+                if shows_that_it_writes || self.next_try.is_none() {
                     self.writes();
                 }
             }
@@ -344,11 +348,21 @@ impl Writer {
 
     /// What was to be written is.
     fn writes(&mut self) {
-        if std::mem::take(&mut self.is_refusing) {
+        if self.next_try.take().is_some() {
             tracing::info!("the archive writes again");
         }
         health_ok(&self.health);
         self.report_missed();
+    }
+
+    /// Tries to write what waits for it.
+    fn try_again(&mut self) {
+        self.next_try = Some(Instant::now() + RETRY);
+        if self.held.is_empty() {
+            self.try_disk();
+        } else {
+            self.commit(Vec::new());
+        }
     }
 
     /// Writes what stands there anyway: what was refused is not ours to write any more, but whether anything can be
@@ -366,7 +380,7 @@ impl Writer {
         if self.health.set("archive", State::Degraded(reason)) {
             tracing::error!(%error, "the archive cannot write; it keeps what it has and tries again every second");
         }
-        self.is_refusing = true;
+        self.next_try.get_or_insert_with(|| Instant::now() + RETRY);
         self.metrics.archive_failures.inc();
         // What was committed before may still stand in the write-ahead log; in the file itself it takes less room.
         if let Err(error) = self.file.connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
