@@ -88,6 +88,12 @@ test('a clock that is wrong is said to be, by how much, and what to do', async (
   }
 });
 
+test('a server that does not say what time it is says nothing of a clock', async () => {
+  const { steps, verdict } = await check('no-time', page => page.route('**/healthz', route => route.abort()));
+  assert.deepEqual(steps, { ...all, 'Your clock': 'skipped' });
+  assert.equal(verdict, 'Everything works from here.');
+});
+
 test('a relay that is out of reach is named, and what to ask for', async () => {
   const port = await freePort();
   const gone = await check('relay-gone', told(config => ({ ...config, relayUrls: [`ws://127.0.0.1:${port}/`] })));

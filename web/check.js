@@ -8,7 +8,7 @@ const $ = id => document.getElementById(id);
 const found = [];
 /** What is said of a step's outcome, and of a clock. */
 const WORDS = { trying: '…', works: 'works', fails: 'does not work', skipped: 'not offered' };
-const OF_CLOCK = { ...WORDS, works: 'is right', fails: 'is wrong' };
+const OF_CLOCK = { ...WORDS, works: 'is right', fails: 'is wrong', skipped: 'is not known' };
 const word = (name, state) => (name === CLOCK ? OF_CLOCK : WORDS)[state];
 
 function show(name, state, text) {
@@ -58,11 +58,11 @@ function connected(url) {
   });
 }
 
-/** Compares this device's clock with the server's, which says only seconds. */
+/** Compares this device's clock with the server's, which says only seconds. No answer says nothing of a clock. */
 async function clock() {
   const before = Date.now();
-  const { headers } = await fetch('/healthz', { cache: 'no-store' });
-  const date = Date.parse(headers.get('date'));
+  const answer = await fetch('/healthz', { cache: 'no-store', signal: AbortSignal.timeout(PATIENCE_MS / 2) }).catch(() => undefined);
+  const date = Date.parse(answer?.headers.get('date'));
   if (Number.isNaN(date)) return { skipped: true, text: 'The server does not say what time it is.' };
   const ahead = (before + Date.now()) / 2 - (date + 500);
   const minutes = Math.round(Math.abs(ahead) / 60_000);

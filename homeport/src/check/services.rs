@@ -113,7 +113,7 @@ async fn clocks(settings: &Settings) -> Option<Finding> {
     if off.as_secs() > limit {
         let off = humantime::format_duration(off);
         let than_here = if median > 0.0 { "later" } else { "earlier" };
-        let found = format!("most of the {seen} clients that were seen say that it is {off} {than_here} than here");
+        let found = format!("most of the clients that were seen last say that it is {off} {than_here} than here");
         return Some(Finding::failure("clock", found, CLOCK_ADVICE));
     }
     let found = format!(
