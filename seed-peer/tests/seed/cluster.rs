@@ -7,6 +7,7 @@ use genosdb::Node;
 use rusqlite::{Connection, OpenFlags};
 use seed_peer::{Config, RoomConfig, RoomError, RoomStatus, Server, SharedRooms};
 use service::{Cluster, ClusterConfig, ClusterLogin};
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 
 use crate::client::{Client, PATIENCE};
@@ -54,6 +55,12 @@ async fn until_held(seed: &Server, room: &str, is_right: impl Fn(&str) -> bool) 
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+}
+
+/// Which of all instances is to hold a room once they have settled (rendezvous hashing), reckoned anew.
+fn rightful(room: &str) -> &'static str {
+    let room: String = Sha256::digest(room)[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    NAMES.into_iter().max_by_key(|name| Sha256::digest(format!("{name}\0{room}"))).unwrap()
 }
 
 /// What is in an archive, whoever has it open.
@@ -157,17 +164,19 @@ async fn rooms_are_spread_and_taken_from_who_dies() {
     let holders = async |seed: &Server| -> Vec<Option<String>> {
         seed.rooms().list().await.unwrap().into_iter().map(|room| room.held_by).collect()
     };
+    // Until the last has moved: what is under way would be moved on after the death as well.
+    let listed = seeds[0].rooms().list().await.unwrap();
+    let spread: Vec<_> = listed.into_iter().map(|room| Some(rightful(&room.name).to_owned())).collect();
+    assert!(NAMES.iter().all(|name| spread.contains(&Some((*name).to_owned()))), "each is to hold some: {spread:?}");
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    let spread = loop {
+    loop {
         let held = holders(&seeds[0]).await;
-        if NAMES.iter().all(|name| held.iter().any(|holder| holder.as_deref() == Some(name)))
-            && held.iter().all(Option::is_some)
-        {
-            break held;
+        if held == spread {
+            break;
         }
-        assert!(tokio::time::Instant::now() < deadline, "{held:?}");
+        assert!(tokio::time::Instant::now() < deadline, "{held:?}, not {spread:?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
-    };
+    }
     // Its machine dies: nothing is given back.
     let dead = seeds.remove(0);
     dead.kill();
