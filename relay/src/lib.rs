@@ -16,7 +16,6 @@ mod metrics;
 mod neighbours;
 mod outbox;
 mod presence;
-mod recent;
 mod relay;
 mod replication;
 mod server;

@@ -1,12 +1,12 @@
 //! What all connections share, and the way of an event through it: checks, storage, subscribers, other relays.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::http::{HeaderMap, HeaderName};
-use service::Origin;
+use service::{Origin, RecentSet};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -18,7 +18,6 @@ use crate::limits::{self, AddressLimits, Rates};
 use crate::metrics::Metrics;
 use crate::neighbours::{self, NEIGHBOUR, Neighbours};
 use crate::presence::{Audience, Presence, PresentKey};
-use crate::recent::RecentIds;
 use crate::replication::Replication;
 use crate::server::{Limits, Page};
 use crate::store::{NotStored, Store, Stored};
@@ -29,6 +28,19 @@ const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
 /// How often dials whose time is over are counted.
 const DIALS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Ids of events that are remembered.
+const REMEMBERED: usize = 16_384;
+
+/// The events that were verified lately: the same again costs neither verification nor delivery.
+#[derive(Debug, Default)]
+pub(crate) struct RecentEvents(Mutex<RecentSet<[u8; 32], REMEMBERED>>);
+
+impl RecentEvents {
+    fn ids(&self) -> MutexGuard<'_, RecentSet<[u8; 32], REMEMBERED>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// What all connections share.
 #[derive(Debug)]
@@ -49,7 +61,7 @@ pub(crate) struct Relay {
     /// What makes the stored events of a cluster the same.
     pub(crate) replication: Option<Arc<Replication>>,
     pub(crate) page: Page,
-    pub(crate) recent: RecentIds,
+    pub(crate) recent: RecentEvents,
     pub(crate) clocks: Clocks,
     pub(crate) next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
@@ -132,7 +144,7 @@ impl Relay {
         client: Publisher<'_>,
         keys: &mut KeyCache,
     ) -> Result<(Accepted, Option<PresentKey>), Refusal> {
-        if self.recent.contains(&event.id) {
+        if self.recent.ids().contains(&event.id) {
             self.metrics.event("duplicate", class_of(event));
             return Ok((Accepted::Duplicate, None));
         }
@@ -151,7 +163,8 @@ impl Relay {
                 }
             }
         }
-        if !self.recent.insert(event.id) {
+        // Of two connections that verify the same event at the same time, one is first.
+        if !self.recent.ids().insert(event.id) {
             return Ok((Accepted::Duplicate, None));
         }
         let raw: Arc<str> = raw.into();
@@ -206,7 +219,7 @@ impl Relay {
         };
         match store.save(raw).await {
             Ok(Stored::New) => {
-                if self.recent.insert(event.id) {
+                if self.recent.ids().insert(event.id) {
                     self.spread(&event, &raw.into(), NEIGHBOUR, false, false);
                 }
                 Ok(())
@@ -232,7 +245,7 @@ impl Relay {
             return neighbours.heard(false);
         };
         neighbours.heard(true);
-        if self.recent.insert(event.id) {
+        if self.recent.ids().insert(event.id) {
             let (_, joined) = self.spread(&event, &raw.into(), NEIGHBOUR, true, false);
             if joined.is_some() {
                 self.count_present();

@@ -29,8 +29,7 @@ use crate::limits::{AddressLimits, Rates};
 use crate::metrics::Metrics;
 use crate::neighbours::{self, Neighbours};
 use crate::presence::{AnnounceEconomy, Presence};
-use crate::recent::RecentIds;
-use crate::relay::{self, Relay};
+use crate::relay::{self, RecentEvents, Relay};
 use crate::replication::{self, Replication, ReplicationError};
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::subscriptions::Subscriptions;
@@ -235,7 +234,7 @@ impl Server {
             dials: config.dial_ledger.then(DialLedger::default),
             neighbours,
             replication,
-            recent: RecentIds::default(),
+            recent: RecentEvents::default(),
             clocks: Clocks::default(),
             next_connection: AtomicU64::new(1),
             metrics,

@@ -6,7 +6,7 @@
 //! peer on the channel of that peer's own cell, which it always listens to. What was seen is dropped, so that costs
 //! a frame at most.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -17,6 +17,7 @@ use genosdb::election::Election;
 use genosdb::envelope::{Envelope, Postmark};
 use genosdb::{CellIndex, ChannelName, Json, PeerId, Topology};
 use serde::{Deserialize, Serialize};
+use service::RecentSet;
 
 use crate::links::LinkId;
 use crate::rooms::CellStatus;
@@ -353,24 +354,13 @@ fn likely(count: u32) -> RangeInclusive<u32> {
 #[derive(Debug, Default)]
 struct Seen {
     hasher: RandomState,
-    ids: HashSet<u64>,
-    order: VecDeque<u64>,
+    ids: RecentSet<u64, REMEMBERED>,
 }
 
 impl Seen {
     /// Takes note of an id. Returns whether it is new.
     fn insert(&mut self, id: &str) -> bool {
-        let hash = self.hasher.hash_one(id);
-        if !self.ids.insert(hash) {
-            return false;
-        }
-        self.order.push_back(hash);
-        if self.order.len() > REMEMBERED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.ids.remove(&oldest);
-        }
-        true
+        self.ids.insert(self.hasher.hash_one(id))
     }
 }
 

@@ -8,12 +8,14 @@ mod messages;
 mod room;
 mod watermarks;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use genosdb::signature::Identity;
 use genosdb::{ChannelName, Limits, Message, PeerId, Signal};
+use nostr::event::EventId;
+use service::RecentSet;
 use str0m::config::DtlsCert;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver, UnboundedSender};
 use tokio_util::sync::CancellationToken;
@@ -124,8 +126,7 @@ pub(crate) struct State {
     owners: HashMap<LinkId, Owner>,
     /// Links that are tried, and until when.
     checks: Vec<(LinkId, Instant)>,
-    seen: HashSet<String>,
-    seen_order: VecDeque<String>,
+    heard: RecentSet<EventId, REMEMBERED_EVENTS>,
     events: Vec<(LinkId, LinkOutput)>,
     /// About peers that are too fast, by room.
     notices: Notices<RoomId>,
@@ -346,13 +347,13 @@ impl Mesh {
                 }
             }
             Heard::Said { relay, event_id, listener, signal } => {
-                if !self.is_known_event(event_id) {
+                if self.state.heard.insert(event_id) {
                     self.handle_signal(relay, listener, signal, now);
                     self.schedule(listener.room, now);
                 }
             }
             Heard::Check { relay, event_id, content } => {
-                if !self.is_known_event(event_id) {
+                if self.state.heard.insert(event_id) {
                     self.handle_check(now, relay, &content);
                 }
             }
@@ -407,19 +408,6 @@ impl Mesh {
             // Said on a topic where it means nothing.
             _ => None,
         }
-    }
-
-    fn is_known_event(&mut self, id: String) -> bool {
-        if !self.state.seen.insert(id.clone()) {
-            return true;
-        }
-        self.state.seen_order.push_back(id);
-        if self.state.seen_order.len() > REMEMBERED_EVENTS
-            && let Some(oldest) = self.state.seen_order.pop_front()
-        {
-            self.state.seen.remove(&oldest);
-        }
-        false
     }
 
     fn act(&mut self, now: Instant, room: RoomId, us: PeerId, actions: Vec<Action>) {

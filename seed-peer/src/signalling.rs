@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use genosdb::{PeerId, Signal, Topic};
+use nostr::event::EventId;
 use rand::Rng as _;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -106,9 +107,9 @@ pub(crate) enum Heard {
     /// A relay is reached, and the seed's subscriptions are made.
     Reached,
     /// A peer said something.
-    Said { relay: RelayIndex, event_id: String, listener: Listener, signal: Signal },
+    Said { relay: RelayIndex, event_id: EventId, listener: Listener, signal: Signal },
     /// Somebody tries whether a link comes to be.
-    Check { relay: RelayIndex, event_id: String, content: String },
+    Check { relay: RelayIndex, event_id: EventId, content: String },
 }
 
 /// The relays, from the side that speaks.
@@ -232,7 +233,7 @@ enum End {
 /// What a relay says of an event.
 #[derive(Deserialize)]
 struct Event<'a> {
-    id: String,
+    id: EventId,
     #[serde(borrow)]
     content: Cow<'a, str>,
     #[serde(borrow)]
