@@ -27,9 +27,20 @@ impl Process {
 
     /// Resident memory in KiB.
     pub(crate) fn resident_kib(&self) -> anyhow::Result<f64> {
+        self.status_kib("VmRSS:")
+    }
+
+    /// Resident memory in KiB without the pages of the binary and other files, of which the system maps as many as it likes
+    /// and takes back what it needs.
+    #[allow(dead_code, reason = "not every bench looks at it")]
+    pub(crate) fn anonymous_kib(&self) -> anyhow::Result<f64> {
+        self.status_kib("RssAnon:")
+    }
+
+    fn status_kib(&self, field: &'static str) -> anyhow::Result<f64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        Ok(line.trim().trim_end_matches("kB").trim().parse()?)
+        let value = status.lines().find_map(|line| line.strip_prefix(field)).context(field)?;
+        Ok(value.trim().trim_end_matches("kB").trim().parse()?)
     }
 }
 

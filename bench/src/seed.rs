@@ -51,6 +51,13 @@ struct Homeport {
     metrics: SocketAddr,
 }
 
+/// What a process has in memory, in MiB.
+struct Memory {
+    resident: f64,
+    /// Without the pages of its binary.
+    anonymous: f64,
+}
+
 impl Homeport {
     async fn start(binary: &Path, data: &TempDir, rooms: &[String]) -> anyhow::Result<Self> {
         let (relay, metrics) = (free_address()?, free_address()?);
@@ -78,6 +85,11 @@ impl Homeport {
         }
         homeport.reaches("homeport_seed_relays_connected", 1.0).await?;
         Ok(homeport)
+    }
+
+    fn memory(&self) -> anyhow::Result<Memory> {
+        let (resident, anonymous) = (self.process.resident_kib()? / 1_024.0, self.process.anonymous_kib()? / 1_024.0);
+        Ok(Memory { resident, anonymous })
     }
 
     /// The sum of a metric's series whose labels contain `label`.
@@ -231,7 +243,7 @@ async fn sizes(args: &Args) -> anyhow::Result<()> {
         let data = tempfile::tempdir()?;
         let rooms = [DATABASE.to_owned()];
         let homeport = Homeport::start(&args.homeport, &data, &rooms).await?;
-        let empty = homeport.process.resident_kib()? / 1024.0;
+        let empty = homeport.memory()?;
         let mut link = SeedLink::open(&homeport.relay, DATABASE).await?;
         let at = seed_client::wall_ms();
         for first in (0..*nodes).step_by(500) {
@@ -241,11 +253,11 @@ async fn sizes(args: &Args) -> anyhow::Result<()> {
         }
         let expected = f64::from(u32::try_from(*nodes)?);
         homeport.reaches("homeport_seed_nodes", expected).await?;
-        let written = homeport.process.resident_kib()? / 1024.0;
+        let written = homeport.memory()?;
         drop((link, homeport));
 
         let homeport = Homeport::start(&args.homeport, &data, &rooms).await?;
-        let started = homeport.process.resident_kib()? / 1024.0;
+        let restarted = homeport.memory()?;
         let mut times = Vec::new();
         let mut client = Duration::ZERO;
         let mut bytes = 0;
@@ -292,10 +304,15 @@ async fn sizes(args: &Args) -> anyhow::Result<()> {
             "| {nodes} nodes, CPU per MB served, {megabytes:.1} MB deflated each | {:.0} ms |",
             cpu * 1e3 / (megabytes * 5.0)
         );
+        let moments = [empty, written, restarted, homeport.memory()?];
+        let list = |part: fn(&Memory) -> f64| {
+            moments.iter().map(|one| format!("{:.0}", part(one))).collect::<Vec<_>>().join(", ")
+        };
         println!(
-            "| {nodes} nodes, memory of the whole process: empty, written, restarted, served | {empty:.0}, {written:.0}, \
-             {started:.0}, {:.0} MiB |",
-            homeport.process.resident_kib()? / 1024.0
+            "| {nodes} nodes, memory of the whole process: empty, written, restarted, served | {} MiB, of which not the binary's \
+             pages {} MiB |",
+            list(|one| one.resident),
+            list(|one| one.anonymous)
         );
     }
     Ok(())
@@ -310,10 +327,11 @@ async fn rooms(args: &Args) -> anyhow::Result<()> {
     let cpu = homeport.process.cpu_seconds()?;
     tokio::time::sleep(Duration::from_secs(20)).await;
     let idle = (homeport.process.cpu_seconds()? - cpu) / 20.0;
+    let Memory { resident, anonymous } = homeport.memory()?;
     println!(
-        "| {} idle rooms, the whole process | {:.0} MiB, {:.1} % of a core |",
+        "| {} idle rooms, the whole process | {resident:.0} MiB, of which not the binary's pages {anonymous:.0} MiB, {:.1} % of a \
+         core |",
         args.rooms,
-        homeport.process.resident_kib()? / 1024.0,
         idle * 100.0
     );
     Ok(())
