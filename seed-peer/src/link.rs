@@ -29,7 +29,8 @@ const UNANSWERED: Duration = Duration::from_secs(10);
 const MAX_WAITING: usize = 1_024;
 /// Bytes of messages that may wait for it; a single message may be larger.
 const MAX_WAITING_BYTES: usize = 64 << 20;
-/// Candidates of a peer that are looked at.
+/// Candidates of a peer that are looked at, and sent packets to: whoever writes a description could name others' addresses
+/// (RFC 8445, section 19.5.1).
 const MAX_CANDIDATES: usize = 64;
 /// Malformed frames and messages after which a peer is not worth a link.
 const MAX_MALFORMED: u32 = 64;
@@ -550,14 +551,18 @@ pub(crate) fn packet<'a>(
 }
 
 /// A description without the candidates that cannot be dialled from here: names that only resolve on the peer's own
-/// network (`….local`, which browsers put in place of addresses), and TCP.
+/// network (`….local`, which browsers put in place of addresses), and TCP; and of the others not without end.
 fn readable(sdp: &str) -> String {
+    let mut left = MAX_CANDIDATES;
     let usable = |line: &&str| match line.trim_end().strip_prefix("a=candidate:") {
         Some(candidate) => {
             let mut fields = candidate.split(' ').skip(2);
             let protocol = fields.next().unwrap_or_default();
             let address = fields.nth(1).unwrap_or_default();
-            protocol.eq_ignore_ascii_case("udp") && address.parse::<std::net::IpAddr>().is_ok()
+            let is_usable =
+                protocol.eq_ignore_ascii_case("udp") && address.parse::<std::net::IpAddr>().is_ok() && left > 0;
+            left -= usize::from(is_usable);
+            is_usable
         }
         None => true,
     };
@@ -578,6 +583,15 @@ mod tests {
         let kept = readable(sdp);
         assert_eq!(kept.lines().count(), 3);
         assert!(kept.contains("192.0.2.2 37606") && !kept.contains(".local") && !kept.contains("tcp"));
+    }
+
+    #[test]
+    fn a_description_does_not_send_us_to_everybody() {
+        let candidate = |last| format!("a=candidate:1 1 udp 2113937151 198.51.100.{last} 53 typ host\r\n");
+        let sdp: String = (0..250).map(candidate).chain(["a=mid:0\r\n".to_owned()]).collect();
+        let kept = readable(&sdp);
+        assert_eq!(kept.lines().filter(|line| line.contains("candidate")).count(), MAX_CANDIDATES);
+        assert!(kept.contains("198.51.100.0 ") && kept.ends_with("a=mid:0\r\n"));
     }
 
     const NOTHING: Listening = Listening {
