@@ -1,10 +1,11 @@
 //! Seeds side by side: several instances, on machines of their own, of which each room has one at a time.
 //!
-//! Who holds which room stands in a bucket of JetStream ([`leases`]). The holder alone is in the room, signs and writes;
+//! Who holds which room stands in a bucket of JetStream ([`bucket`], [`leases`]). The holder alone is in the room, signs and writes;
 //! what it accepts goes to the room's stream ([`stream`]) before it counts. The others follow the stream, so that each has
 //! a whole archive and can take the room at once. When a stream has grown long, the holder puts a snapshot of the room,
 //! its whole history in it, into the object store ([`snapshot`]), and the stream begins anew behind it.
 
+mod bucket;
 mod keeper;
 mod leases;
 mod overview;

@@ -1,5 +1,8 @@
 //! One link to a peer: a WebRTC data channel and the messages on it. Sans-IO, around `str0m`.
 
+mod description;
+mod output;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -12,6 +15,10 @@ use str0m::channel::ChannelId;
 use str0m::config::DtlsCert;
 use str0m::net::{Protocol, Receive};
 use str0m::{Candidate, Event, IceConnectionState, Input, Output, Rtc, RtcConfig};
+
+pub(crate) use description::DescriptionError;
+use description::{Description, RemoteCandidates};
+pub(crate) use output::{CloseReason, LinkOutput, Refused, Step};
 
 /// The label of the data channel that carries everything (wire §2).
 const CHANNEL_LABEL: &str = "data";
@@ -29,9 +36,6 @@ const UNANSWERED: Duration = Duration::from_secs(10);
 const MAX_WAITING: usize = 1_024;
 /// Bytes of messages that may wait for it; a single message may be larger.
 const MAX_WAITING_BYTES: usize = 64 << 20;
-/// Candidates of a peer that are looked at, and sent packets to: whoever writes a description could name others' addresses
-/// (RFC 8445, section 19.5.1).
-const MAX_CANDIDATES: usize = 64;
 /// Malformed frames and messages after which a peer is not worth a link.
 const MAX_MALFORMED: u32 = 64;
 
@@ -43,115 +47,6 @@ pub(crate) struct Listening {
     /// Whether the channels of cells are wanted.
     pub(crate) cells: bool,
     pub(crate) limits: Limits,
-}
-
-/// What a link yields.
-#[derive(Debug)]
-pub(crate) enum LinkOutput {
-    /// Send a packet.
-    Transmit { source: SocketAddr, destination: SocketAddr, bytes: Vec<u8> },
-    /// A step on the way to an open channel has been taken.
-    Step(Step),
-    /// The data channel is open.
-    Opened,
-    /// A message of the peer, and its size as it travelled.
-    Message { channel: ChannelName, content: Content, bytes: usize },
-    /// The peer takes the room for one in cells, which it is not to us. Said once.
-    SpeaksCells,
-    /// Something of the peer was malformed or too much, and was left out.
-    Refused(Refused),
-    /// The link is over.
-    Closed(CloseReason),
-    /// Nothing more until then, or until there is input.
-    Timeout(Instant),
-}
-
-/// A step of a link on its way to an open channel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// The peer has described itself.
-    Described,
-    /// Packets get through (ICE).
-    Reached,
-    /// The link is sealed (DTLS).
-    Sealed,
-}
-
-impl Step {
-    /// For metrics: what took so long.
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Described => "described",
-            Self::Reached => "ice",
-            Self::Sealed => "dtls",
-        }
-    }
-
-    /// For metrics: what a link lacked that got no further.
-    pub(crate) fn outcome_without_next(step: Option<Self>) -> &'static str {
-        match step {
-            None => "unanswered",
-            Some(Self::Described) => "no_path",
-            Some(Self::Reached) => "no_dtls",
-            Some(Self::Sealed) => "no_channel",
-        }
-    }
-}
-
-/// What was left out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Refused {
-    Frame,
-    Message,
-}
-
-/// Why a link ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum CloseReason {
-    /// The peer said so.
-    Left,
-    /// Nothing was heard for too long.
-    Silent,
-    /// The peer sent too much, or too much rubbish.
-    Misbehaved,
-    /// The peer reads too slowly.
-    Slow,
-    /// WebRTC failed.
-    Failed,
-}
-
-impl CloseReason {
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Left => "bye",
-            Self::Silent => "silent",
-            Self::Misbehaved => "misbehaved",
-            Self::Slow => "slow",
-            Self::Failed => "failed",
-        }
-    }
-}
-
-/// A link cannot be made from a description.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum DescriptionError {
-    #[error("not a session description: {0}")]
-    Sdp(String),
-    #[error("there is no address of this machine to offer")]
-    NoAddress,
-    #[error("no offer is open")]
-    NotOffered,
-}
-
-/// The address and kind of a candidate, from a line of a description (RFC 8839, section 5.1). Those of TCP are not ours,
-/// and names (mDNS) have no address.
-fn candidate_in(line: &str) -> Option<(SocketAddr, &'static str)> {
-    let mut words = line.strip_prefix("a=candidate:")?.split_ascii_whitespace().skip(2);
-    let is_udp = words.next()?.eq_ignore_ascii_case("udp");
-    let (address, port) = (words.nth(1)?.parse().ok()?, words.next()?.parse().ok()?);
-    let kind = words.nth(1).filter(|_| is_udp)?;
-    let kind = ["host", "srflx", "prflx", "relay"].into_iter().find(|known| *known == kind)?;
-    Some((SocketAddr::new(address, port), kind))
 }
 
 /// A message that is being sent.
@@ -181,8 +76,8 @@ pub(crate) struct Link {
     closed: bool,
     /// The last step on the way to an open channel.
     step: Option<Step>,
-    /// The peer's candidates, as it has described itself: an address, and the kind of it.
-    candidates: Vec<(SocketAddr, &'static str)>,
+    /// The peer's, as it has described itself.
+    candidates: RemoteCandidates,
     /// Where packets go now.
     destination: Option<SocketAddr>,
     now: Instant,
@@ -224,7 +119,7 @@ impl Link {
             outputs: VecDeque::new(),
             closed: false,
             step: None,
-            candidates: Vec::new(),
+            candidates: RemoteCandidates::default(),
             destination: None,
             now,
         })
@@ -253,29 +148,27 @@ impl Link {
         listening: Listening,
         offer: &str,
     ) -> Result<(Self, String), DescriptionError> {
-        let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
-        let described = offer;
-        let offer = SdpOffer::from_sdp_string(&readable(offer)).map_err(|error| sdp(&error))?;
+        let described = Description::read(offer);
+        let offer = SdpOffer::from_sdp_string(&described.sdp).map_err(DescriptionError::sdp)?;
         let mut link = Self::new(now, certificate, candidates, listening)?;
-        let answer = link.rtc.sdp_api().accept_offer(offer).map_err(|error| sdp(&error))?;
+        let answer = link.rtc.sdp_api().accept_offer(offer).map_err(DescriptionError::sdp)?;
         link.described(described);
         Ok((link, answer.to_sdp_string()))
     }
 
     /// Takes the peer's answer to our offer.
     pub(crate) fn accept_answer(&mut self, answer: &str) -> Result<(), DescriptionError> {
-        let sdp = |error: &dyn std::fmt::Display| DescriptionError::Sdp(error.to_string());
-        let described = answer;
-        let answer = SdpAnswer::from_sdp_string(&readable(answer)).map_err(|error| sdp(&error))?;
+        let described = Description::read(answer);
+        let answer = SdpAnswer::from_sdp_string(&described.sdp).map_err(DescriptionError::sdp)?;
         let pending = self.pending.take().ok_or(DescriptionError::NotOffered)?;
-        self.rtc.sdp_api().accept_answer(pending, answer).map_err(|error| sdp(&error))?;
+        self.rtc.sdp_api().accept_answer(pending, answer).map_err(DescriptionError::sdp)?;
         self.described(described);
         Ok(())
     }
 
     /// The peer has described itself.
-    fn described(&mut self, sdp: &str) {
-        self.candidates = sdp.lines().filter_map(candidate_in).take(MAX_CANDIDATES).collect();
+    fn described(&mut self, peer: Description) {
+        self.candidates = peer.candidates;
         self.take_step(Step::Described);
     }
 
@@ -291,12 +184,7 @@ impl Link {
 
     /// The kind of the peer's candidate that packets go to, as the peer called it; `prflx` for one that it did not name.
     pub(crate) fn remote_candidate_type(&self) -> &'static str {
-        let destination = self.destination.map(|address| (address.ip().to_canonical(), address.port()));
-        let named = self
-            .candidates
-            .iter()
-            .find(|(address, _)| Some((address.ip().to_canonical(), address.port())) == destination);
-        named.map_or("prflx", |(_, kind)| *kind)
+        self.candidates.kind_of(self.destination)
     }
 
     /// Our ICE user name: STUN requests of the peer start with it.
@@ -550,49 +438,9 @@ pub(crate) fn packet<'a>(
     Some(Input::Receive(now, Receive { proto: Protocol::Udp, source, destination, contents }))
 }
 
-/// A description without the candidates that cannot be dialled from here: names that only resolve on the peer's own
-/// network (`….local`, which browsers put in place of addresses), and TCP; and of the others not without end.
-fn readable(sdp: &str) -> String {
-    let mut left = MAX_CANDIDATES;
-    let usable = |line: &&str| match line.trim_end().strip_prefix("a=candidate:") {
-        Some(candidate) => {
-            let mut fields = candidate.split(' ').skip(2);
-            let protocol = fields.next().unwrap_or_default();
-            let address = fields.nth(1).unwrap_or_default();
-            let is_usable =
-                protocol.eq_ignore_ascii_case("udp") && address.parse::<std::net::IpAddr>().is_ok() && left > 0;
-            left -= usize::from(is_usable);
-            is_usable
-        }
-        None => true,
-    };
-    sdp.split_inclusive('\n').filter(usable).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn candidates_that_cannot_be_dialled_are_left_out() {
-        let sdp = "v=0\r\n\
-            a=candidate:1 1 udp 2113937151 192.0.2.2 37606 typ host generation 0\r\n\
-            a=candidate:2 1 udp 2113937151 5f2b7f8e-0000-4000-8000-000000000000.local 37606 typ host\r\n\
-            a=candidate:3 1 tcp 1518280447 192.0.2.2 9 typ host tcptype active\r\n\
-            a=mid:0\r\n";
-        let kept = readable(sdp);
-        assert_eq!(kept.lines().count(), 3);
-        assert!(kept.contains("192.0.2.2 37606") && !kept.contains(".local") && !kept.contains("tcp"));
-    }
-
-    #[test]
-    fn a_description_does_not_send_us_to_everybody() {
-        let candidate = |last| format!("a=candidate:1 1 udp 2113937151 198.51.100.{last} 53 typ host\r\n");
-        let sdp: String = (0..250).map(candidate).chain(["a=mid:0\r\n".to_owned()]).collect();
-        let kept = readable(&sdp);
-        assert_eq!(kept.lines().filter(|line| line.contains("candidate")).count(), MAX_CANDIDATES);
-        assert!(kept.contains("198.51.100.0 ") && kept.ends_with("a=mid:0\r\n"));
-    }
 
     const NOTHING: Listening = Listening {
         graph: false,

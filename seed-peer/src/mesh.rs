@@ -6,6 +6,8 @@ mod linking;
 mod live;
 mod messages;
 mod room;
+mod signals;
+mod topology;
 mod watermarks;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -28,9 +30,9 @@ use crate::link::{CloseReason, LinkOutput, Refused, Step};
 use crate::links::{LinkId, Links};
 use crate::metrics::Metrics;
 use crate::notices::Notices;
-use crate::room::{Action, RoomPeer, Said, Why};
+use crate::room::Action;
 use crate::rooms::Command;
-use crate::signalling::{Heard, Listener, RelayIndex, Signalling};
+use crate::signalling::{Heard, RelayIndex, Signalling};
 use crate::time_of_day::wall_ms;
 
 pub(crate) use databases::Database;
@@ -250,164 +252,6 @@ impl Mesh {
         }
         self.prune(id, now);
         self.count_presence(id);
-    }
-
-    /// The roster has come to rest: makes the topology, and the links that it asks for.
-    fn seal(&mut self, id: RoomId, now: Instant) {
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        room.roster.sealed();
-        let Some(cells) = &mut room.cells else { return };
-        let change = cells.seal(&room.roster, now);
-        tracing::debug!(
-            room = %room.name, peers = room.roster.len(), cells = cells.total_cells(), bridged = cells.bridged(),
-            "a roster is sealed"
-        );
-        let mut joined = Vec::new();
-        for us in &change.added {
-            room.members.push(RoomPeer::new(*us, self.max_links, now));
-            joined.push(room.own_topic(*us));
-        }
-        if !joined.is_empty() {
-            self.signalling.listen(joined);
-        }
-        for us in &change.dropped {
-            self.leave(id, *us, now);
-        }
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        let Some(cells) = &room.cells else { return };
-        let mut dials = Vec::new();
-        for member in &mut room.members {
-            let us = member.id();
-            let mut actions = Vec::new();
-            for peer in room.roster.iter().filter(|peer| cells.wants(&us, peer)) {
-                if let Some(relay) = room.roster.relay_of(&peer) {
-                    member.meet(peer, relay, &mut actions);
-                }
-            }
-            dials.push((us, actions));
-        }
-        for (us, actions) in dials {
-            self.act(now, id, us, actions);
-        }
-        self.answer_the_silent(id);
-    }
-
-    /// Ends the links that the topology has no place for.
-    fn prune(&mut self, id: RoomId, now: Instant) {
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        let Some(cells) = &room.cells else { return };
-        let owners = &self.state.owners;
-        let surplus: Vec<(PeerId, PeerId)> = room
-            .links()
-            .filter(|(us, peer, link)| {
-                owners.get(link).is_some_and(|owner| {
-                    !owner.in_full_mesh && owner.opened.is_some_and(|opened| cells.is_surplus(us, peer, opened, now))
-                })
-            })
-            .map(|(us, peer, _)| (us, peer))
-            .collect();
-        for (us, peer) in surplus {
-            let mut actions = Vec::new();
-            if let Some(member) = self.state.rooms.get_mut(&id).and_then(|room| room.member(us)) {
-                member.end(peer, Why::Surplus, &mut actions);
-            }
-            self.act(now, id, us, actions);
-        }
-    }
-
-    /// Leaves a room under one of the seed's ids.
-    fn leave(&mut self, id: RoomId, us: PeerId, now: Instant) {
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        self.signalling.publish(None, &room.root, &Signal::Bye { peer: us });
-        let (topic, _) = room.own_topic(us);
-        self.signalling.unlisten([&topic]);
-        let links: Vec<LinkId> =
-            room.members.iter().filter(|member| member.id() == us).flat_map(RoomPeer::all_links).collect();
-        room.members.retain(|member| member.id() != us);
-        for link in links {
-            self.send(link, Message::empty(ChannelName::LEAVE));
-            self.drop_link(link, Why::Leaving, now);
-        }
-    }
-
-    fn handle_heard(&mut self, heard: Heard) {
-        let now = Instant::now();
-        match heard {
-            Heard::Reached => {
-                let mut at = now;
-                let mut ids: Vec<RoomId> = self.state.rooms.keys().copied().collect();
-                ids.sort_unstable();
-                for id in ids {
-                    if let Some(room) = self.state.rooms.get_mut(&id) {
-                        room.roster.relay_reached(now);
-                        room.members.iter_mut().for_each(|member| member.relay_reached(at));
-                        at += ANNOUNCE_SPACING;
-                    }
-                    self.schedule(id, now);
-                }
-            }
-            Heard::Said { relay, event_id, listener, signal } => {
-                if self.state.heard.insert(event_id) {
-                    self.handle_signal(relay, listener, signal, now);
-                    self.schedule(listener.room, now);
-                }
-            }
-            Heard::Check { relay, event_id, content } => {
-                if self.state.heard.insert(event_id) {
-                    self.handle_check(now, relay, &content);
-                }
-            }
-        }
-    }
-
-    fn handle_signal(&mut self, relay: RelayIndex, listener: Listener, signal: Signal, now: Instant) {
-        let Listener { room: id, us } = listener;
-        let peer = signal.peer();
-        let Some(room) = self.state.rooms.get(&id) else { return };
-        if room.members.iter().any(|member| member.id() == peer) {
-            return;
-        }
-        let Some(said) = self.said(room, signal, us.is_some()) else { return };
-        let Some(room) = self.state.rooms.get_mut(&id) else { return };
-        match &said {
-            Said::Announce => {
-                if room.roster.heard(peer, relay, now) {
-                    room.members.iter_mut().for_each(|member| member.newcomer(now));
-                }
-            }
-            Said::Bye => room.roster.bye(peer, now),
-            Said::Offer { .. } | Said::Answer { .. } => {}
-        }
-        let mut actions = Vec::new();
-        for member in &mut room.members {
-            let its = member.id();
-            let concerned = match (&said, &room.cells) {
-                (Said::Announce, Some(cells)) => cells.wants(&its, &peer),
-                (Said::Announce, None) | (Said::Bye, _) => true,
-                (Said::Offer { .. } | Said::Answer { .. }, _) => us == Some(its),
-            };
-            if concerned {
-                let mut its_actions = Vec::new();
-                member.handle(peer, said.clone(), relay, now, &mut its_actions);
-                actions.push((its, its_actions));
-            }
-        }
-        for (us, actions) in actions {
-            self.act(now, id, us, actions);
-        }
-        self.count_presence(id);
-    }
-
-    /// What a signal says, its description opened; `None` where it says nothing to us.
-    fn said(&self, room: &MeshRoom, signal: Signal, to_self: bool) -> Option<Said> {
-        match (signal, to_self) {
-            (Signal::Announce { .. }, false) => Some(Said::Announce),
-            (Signal::Bye { .. }, false) => Some(Said::Bye),
-            (Signal::Offer { sdp, .. }, true) => Some(Said::Offer { sdp: self.open(room, &sdp)? }),
-            (Signal::Answer { sdp, .. }, true) => Some(Said::Answer { sdp: self.open(room, &sdp)? }),
-            // Said on a topic where it means nothing.
-            _ => None,
-        }
     }
 
     fn act(&mut self, now: Instant, room: RoomId, us: PeerId, actions: Vec<Action>) {

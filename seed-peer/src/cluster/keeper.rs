@@ -13,7 +13,8 @@ use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::leases::{Action, Key, Leases, PinRecord, RoomHash, WRITE_PATIENCE, Wrote};
+use super::bucket::{Key, PinRecord, RoomHash};
+use super::leases::{Action, Leases, WRITE_PATIENCE, Wrote};
 use super::seat::{Copy, Happened, Mode, Seat};
 use super::{LEASES, SharedRooms, Tenure};
 use crate::archive::{ArchiveClient, RoomKey};

@@ -6,7 +6,8 @@ use futures_util::StreamExt as _;
 use service::{Cluster, KeepError};
 
 use super::LEASES;
-use super::leases::{Key, Leases};
+use super::bucket::Key;
+use super::leases::Leases;
 
 /// Whoever has written nothing for so long is not there, whatever the last thing was that was written.
 const SILENT: Duration = Duration::from_secs(15);

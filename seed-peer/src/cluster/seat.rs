@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
 
 use super::SharedRooms;
-use super::leases::RoomHash;
+use super::bucket::RoomHash;
 use super::snapshot::{SnapshotError, Snapshots};
 use super::stream::{RoomStream, Standing, StreamError, Tail, Taken};
 use crate::archive::{ArchiveClient, Position, Rebuild, RoomKey};

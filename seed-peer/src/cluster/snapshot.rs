@@ -10,7 +10,7 @@ use service::Cluster;
 use tokio::io::AsyncReadExt as _;
 
 use super::SNAPSHOTS;
-use super::leases::RoomHash;
+use super::bucket::RoomHash;
 use crate::backup::{BackupError, Room, Segment, SegmentSink, Source, read_room, sha256};
 
 /// A snapshot cannot be made or read.

@@ -17,7 +17,7 @@ use flate2::write::DeflateEncoder;
 use futures_util::StreamExt as _;
 use service::Cluster;
 
-use super::leases::RoomHash;
+use super::bucket::RoomHash;
 use crate::archive::LogEntry;
 
 const FIRST: u8 = 1;

@@ -6,7 +6,7 @@ use service::{Cluster, Health, Telemetry};
 use tokio::sync::mpsc;
 
 use super::LEASES;
-use super::leases::{Key, LeaseRecord};
+use super::bucket::{Key, LeaseRecord};
 use super::seat::{Copy, SeatError};
 use crate::archive::{Archive, ArchiveConfig, OpenError, Opened, Shipping};
 use crate::metrics::Metrics;
