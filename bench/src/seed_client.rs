@@ -7,9 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 use futures_util::{SinkExt as _, StreamExt as _};
 use genosdb::frame::{Frame, Nonces};
-use genosdb::{
-    APP_ID, ChannelName, Content, Limits, Message, PeerId, Reassembler, Room, SdpKey, SealedDescription, Signal, Topic,
-};
+use genosdb::{APP_ID, ChannelName, Content, Limits, Message, PeerId, Reassembler, Room, SdpKey, Signal, Topic};
 use nostr::event::FinalizeEvent as _;
 use nostr::prelude::{EventBuilder, Keys, Kind, Tag};
 use rand::{Rng as _, RngCore as _};
@@ -80,7 +78,7 @@ impl SeedLink {
                 continue;
             };
             if let Signal::Offer { peer, sdp, superpeer: true } = signal {
-                let offer = RTCSessionDescription::offer(key.open(&sdp.0)?)?;
+                let offer = RTCSessionDescription::offer(key.open(&sdp)?)?;
                 connection.set_remote_description(offer).await?;
                 let answer = connection.create_answer(None).await?;
                 let mut gathered = connection.gathering_complete_promise().await;
@@ -89,7 +87,7 @@ impl SeedLink {
                 let answer = connection.local_description().await.context("no description")?.sdp;
                 let mut iv = [0; 12];
                 rand::rng().fill_bytes(&mut iv);
-                let sdp = SealedDescription(key.seal(iv, &answer));
+                let sdp = key.seal(iv, &answer);
                 socket.send(sign(&keys, &room.self_topic(&peer), &Signal::Answer { peer: us, sdp })?).await?;
                 let channel = opened.await?;
                 return Ok(Self { set_up: start.elapsed(), connection, channel, messages, nonces: Nonces::default() });

@@ -32,6 +32,6 @@ pub use graph::{MemoryGraph, Store};
 pub use json::{Json, JsonString};
 pub use operation::{Batch, Node, Operation, Removal};
 pub use reassembler::{Limits, Reassembler};
-pub use sealed_sdp::SdpKey;
-pub use signal::{SealedDescription, Signal};
+pub use sealed_sdp::{SdpKey, SealedDescription};
+pub use signal::Signal;
 pub use topic::{APP_ID, PeerId, Room, Topic};

@@ -16,12 +16,26 @@ use crate::topic::Room;
 /// The longest sealed text that is looked at, in bytes. Real ones are about 2 KB.
 pub const MAX_SEALED_BYTES: usize = 64 * 1024;
 
+/// A session description as it travels: sealed, of at most [`MAX_SEALED_BYTES`], in characters that JSON does not escape.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SealedDescription(String);
+
+impl SealedDescription {
+    /// Takes what a peer sent; `None` when nobody can have sealed it.
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_of_a_seal = |byte: u8| byte.is_ascii_alphanumeric() || b",$+/=".contains(&byte);
+        (text.len() <= MAX_SEALED_BYTES && text.bytes().all(is_of_a_seal)).then(|| Self(text.to_owned()))
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// A sealed session description could not be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
-    /// The text is longer than [`MAX_SEALED_BYTES`].
-    #[error("sealed description is too long")]
-    TooLong,
     /// The text is not an IV, a `$` and base64.
     #[error("sealed description is malformed")]
     Malformed,
@@ -41,25 +55,22 @@ impl SdpKey {
     }
 
     /// Seals a session description. `iv` must never repeat under one key: draw it at random.
-    pub fn seal(&self, iv: [u8; 12], sdp: &str) -> String {
+    pub fn seal(&self, iv: [u8; 12], sdp: &str) -> SealedDescription {
         let cipher = AesGcm::<Aes256, U12>::new((&self.0).into());
         let sealed = cipher
             .encrypt(Nonce::<U12>::from_slice(&iv), sdp.as_bytes())
             // AES-GCM fails only beyond 64 GiB, which no session description in memory is.
             .unwrap_or_default();
         let iv: Vec<String> = iv.iter().map(u8::to_string).collect();
-        format!("{}${}", iv.join(","), STANDARD.encode(sealed))
+        SealedDescription(format!("{}${}", iv.join(","), STANDARD.encode(sealed)))
     }
 
     /// Opens what a peer sealed; IVs of 12 bytes, and of 16 as some Trystero versions write them.
     ///
     /// # Errors
     /// [`OpenError`], which tells a wrong password from text that nobody sealed.
-    pub fn open(&self, text: &str) -> Result<String, OpenError> {
-        if text.len() > MAX_SEALED_BYTES {
-            return Err(OpenError::TooLong);
-        }
-        let (iv, body) = text.split_once('$').ok_or(OpenError::Malformed)?;
+    pub fn open(&self, sealed: &SealedDescription) -> Result<String, OpenError> {
+        let (iv, body) = sealed.0.split_once('$').ok_or(OpenError::Malformed)?;
         let iv =
             iv.split(',').map(str::parse::<u8>).collect::<Result<Vec<u8>, _>>().map_err(|_| OpenError::Malformed)?;
         let body = STANDARD.decode(body).map_err(|_| OpenError::Malformed)?;
@@ -99,16 +110,19 @@ mod tests {
         let body = AesGcm::<Aes256, U16>::new((&key.0).into())
             .encrypt(Nonce::<U16>::from_slice(&iv), b"v=0".as_slice())
             .unwrap();
-        let text = format!("{}${}", ["3"; 16].join(","), STANDARD.encode(body));
-        assert_eq!(key.open(&text).as_deref(), Ok("v=0"));
+        let sealed = SealedDescription::parse(&format!("{}${}", ["3"; 16].join(","), STANDARD.encode(body))).unwrap();
+        assert_eq!(key.open(&sealed).as_deref(), Ok("v=0"));
     }
 
     #[test]
     fn text_that_nobody_sealed_is_refused() {
         let key = SdpKey([0; 32]);
-        for text in ["", "$", "1,2$", "256,0$AAAA", "1,2,3,4,5,6,7,8,9,10,11,12$*", "1,2,3,4,5,6,7,8,9,10,11$AAAA"] {
-            assert_eq!(key.open(text), Err(OpenError::Malformed), "{text}");
+        for text in ["", "$", "1,2$", "256,0$AAAA", "1,2,3,4,5,6,7,8,9,10,11,12$=", "1,2,3,4,5,6,7,8,9,10,11$AAAA"] {
+            let sealed = SealedDescription::parse(text).unwrap();
+            assert_eq!(key.open(&sealed), Err(OpenError::Malformed), "{text}");
         }
-        assert_eq!(key.open(&"1".repeat(MAX_SEALED_BYTES + 1)), Err(OpenError::TooLong));
+        for text in ["1,2$\"", "1,2$\\u0041", "1,2$é", "1, 2$AA==", &"1".repeat(MAX_SEALED_BYTES + 1)] {
+            assert_eq!(SealedDescription::parse(text), None, "{text}");
+        }
     }
 }

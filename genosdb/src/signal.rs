@@ -1,11 +1,8 @@
 //! What peers say to each other through a relay before they have a link (wire §2).
 
 use crate::json::{self, Members};
+use crate::sealed_sdp::SealedDescription;
 use crate::topic::PeerId;
-
-/// A session description as it travels: sealed, see [`crate::sealed_sdp`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SealedDescription(pub String);
 
 /// One signalling message: the content of a Nostr event.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,10 +65,10 @@ impl Signal {
             Self::Announce { peer } => format!(r#"{{"peerId":"{peer}"}}"#),
             Self::Offer { peer, sdp, superpeer } => {
                 let role = if *superpeer { r#","type":"superpeer""# } else { "" };
-                format!(r#"{{"peerId":"{peer}","offer":{{"type":"offer","sdp":"{}"}}{role}}}"#, sdp.0)
+                format!(r#"{{"peerId":"{peer}","offer":{{"type":"offer","sdp":"{}"}}{role}}}"#, sdp.as_str())
             }
             Self::Answer { peer, sdp } => {
-                format!(r#"{{"peerId":"{peer}","answer":{{"type":"answer","sdp":"{}"}}}}"#, sdp.0)
+                format!(r#"{{"peerId":"{peer}","answer":{{"type":"answer","sdp":"{}"}}}}"#, sdp.as_str())
             }
             Self::Bye { peer } => format!(r#"{{"peerId":"{peer}","bye":1}}"#),
         }
@@ -82,8 +79,7 @@ fn description(text: &str, kind: &str) -> Option<SealedDescription> {
     let mut members = Members::parse(text).ok()?;
     let right = json::string(members.take("type")?).ok()?.as_printed() == kind;
     let sdp = json::string(members.take("sdp")?).ok()?;
-    // A sealed text has no character that JSON escapes.
-    right.then(|| SealedDescription(sdp.as_printed().to_owned()))
+    SealedDescription::parse(sdp.as_printed()).filter(|_| right)
 }
 
 #[cfg(test)]
@@ -93,7 +89,7 @@ mod tests {
     #[test]
     fn what_is_said_is_what_is_heard() {
         let peer = PeerId::parse("rP5xrSA37VoHEv5F0C0U").unwrap();
-        let sdp = SealedDescription("1,2$AA==".into());
+        let sdp = SealedDescription::parse("1,2$AA==").unwrap();
         for signal in [
             Signal::Announce { peer },
             Signal::Offer { peer, sdp: sdp.clone(), superpeer: false },
@@ -117,6 +113,7 @@ mod tests {
             r#"{"peerId":"rP5xrSA37VoHEv5F0C0U","offer":1}"#,
             r#"{"peerId":"rP5xrSA37VoHEv5F0C0U","offer":{"type":"answer","sdp":"x"}}"#,
             r#"{"peerId":"rP5xrSA37VoHEv5F0C0U","answer":{"type":"answer"}}"#,
+            r#"{"peerId":"rP5xrSA37VoHEv5F0C0U","answer":{"type":"answer","sdp":"v=0\r\n"}}"#,
         ] {
             assert_eq!(Signal::parse(content), None, "{content}");
         }

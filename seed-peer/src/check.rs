@@ -5,7 +5,7 @@
 //! with a key that follows from the room's name: who does not know that learns no addresses.
 
 use genosdb::json::{self, Members};
-use genosdb::{APP_ID, PeerId, Room, SdpKey, Topic};
+use genosdb::{APP_ID, PeerId, Room, SdpKey, SealedDescription, Topic};
 use rand::{Rng as _, RngCore as _};
 
 /// A check room, as both sides know it.
@@ -62,15 +62,14 @@ impl CheckRoom {
     fn content(&self, peer: PeerId, member: &str, sdp: &str) -> String {
         let mut iv = [0; 12];
         rand::rng().fill_bytes(&mut iv);
-        // A sealed text has no character that JSON escapes.
-        format!(r#"{{"peerId":"{peer}","{member}":"{}"}}"#, self.key.seal(iv, sdp))
+        format!(r#"{{"peerId":"{peer}","{member}":"{}"}}"#, self.key.seal(iv, sdp).as_str())
     }
 
     fn parse(&self, content: &str, member: &str) -> Option<(PeerId, String)> {
         let mut members = Members::parse(content).ok()?;
         let peer = PeerId::parse(json::string(members.take("peerId")?).ok()?.as_printed())?;
         let sealed = json::string(members.take(member)?).ok()?;
-        Some((peer, self.key.open(sealed.as_printed()).ok()?))
+        Some((peer, self.key.open(&SealedDescription::parse(sealed.as_printed())?).ok()?))
     }
 }
 

@@ -74,7 +74,7 @@ impl Mesh {
 
     /// Opens a sealed description; what does not open was sealed with another password, or by nobody.
     pub(super) fn open(&self, room: &MeshRoom, sealed: &SealedDescription) -> Option<String> {
-        match room.key.open(&sealed.0) {
+        match room.key.open(sealed) {
             Ok(sdp) => Some(sdp),
             Err(error) => {
                 self.metrics.link_outcomes.with_label_values(&["wrong_password"]).inc();
@@ -161,5 +161,5 @@ impl Mesh {
 fn seal(key: &SdpKey, sdp: &str) -> SealedDescription {
     let mut iv = [0; 12];
     rand::rng().fill_bytes(&mut iv);
-    SealedDescription(key.seal(iv, sdp))
+    key.seal(iv, sdp)
 }

@@ -208,7 +208,7 @@ impl Peer {
                     let _ = link.connection.close().await;
                     self.unlinked(peer);
                 }
-                let Ok(sdp) = self.key.open(&sdp.0) else { return None };
+                let Ok(sdp) = self.key.open(&sdp) else { return None };
                 let connection = connection().await;
                 let sender = events.clone();
                 connection.on_data_channel(Box::new(move |channel| {
@@ -223,7 +223,7 @@ impl Peer {
             }
             Signal::Answer { sdp, .. } => {
                 let link = self.links.get(&peer)?;
-                let sdp = self.key.open(&sdp.0).ok()?;
+                let sdp = self.key.open(&sdp).ok()?;
                 let answer = RTCSessionDescription::answer(sdp).unwrap();
                 // A second answer to one offer is late, and refused.
                 let _ = link.connection.set_remote_description(answer).await;
@@ -254,7 +254,7 @@ impl Peer {
     fn seal(&self, sdp: &str) -> SealedDescription {
         let mut iv = [0; 12];
         rand::rng().fill_bytes(&mut iv);
-        SealedDescription(self.key.seal(iv, sdp))
+        self.key.seal(iv, sdp)
     }
 
     fn add_link(&mut self, peer: PeerId, connection: Arc<RTCPeerConnection>) {
