@@ -36,21 +36,22 @@ after(async () => {
   await rm(folder, { recursive: true, force: true });
 });
 
-const uri = transport => {
+const uri = (transport, place) => {
   const host = homeport.turnHost;
-  return transport === 'tls' ? `turns:${host}:${tlsPort}?transport=tcp` : `turn:${host}:${homeport.ports.turn}?transport=${transport}`;
+  if (transport !== 'tls') return `turn:${host}:${homeport.ports.turn}?transport=${transport}`;
+  return `turns:${host}:${place ? homeport.ports.relay : tlsPort}?transport=tcp`;
 };
 
-for (const transport of ['udp', 'tcp', 'tls']) {
-  test(`Chromium relays messages and video over ${transport}`, async () => {
+for (const [transport, place] of [['udp'], ['tcp'], ['tls'], ['tls', ' on the relay’s port']]) {
+  test(`Chromium relays messages and video over ${transport}${place ?? ''}`, async () => {
     const page = await openPage(browser, `${pages.url}/pages/turn.html`);
     await until(page, 'the page', () => window.loaded === true);
     const { echoed, frames, paths } = await page.evaluate(
-      servers => window.relay(servers), [{ urls: uri(transport), ...TURN_USER }]);
+      servers => window.relay(servers), [{ urls: uri(transport, place), ...TURN_USER }]);
     assert.equal(echoed, 100);
     assert.ok(frames >= 30);
     assert.ok(paths.length > 0 && paths.every(path => path === `relay ${transport}`), `paths: ${paths}`);
-    console.log(`Chromium over ${transport}: ${echoed} messages echoed, ${frames} frames`);
+    console.log(`Chromium over ${transport}${place ?? ''}: ${echoed} messages echoed, ${frames} frames`);
     await page.context().close();
   });
 }
@@ -94,7 +95,7 @@ async function uclient(name, server, port, flags) {
 test('turnutils_uclient loses nothing', async () => {
   const peer = execFile('turnutils_peer', ['-L', homeport.turnHost, '-p', '3480']);
   try {
-    for (const [name, flags] of [
+    for (const [name, flags, shared] of [
       ['UDP, channels', []],
       ['UDP, Send indications', ['-s']],
       ['UDP, DONT-FRAGMENT and padding', ['-g', '-D']],
@@ -103,8 +104,10 @@ test('turnutils_uclient loses nothing', async () => {
       ['TCP, channels', ['-t']],
       ['TCP, Send indications', ['-t', '-s']],
       ['TLS, channels', ['-t', '-S']],
+      ['TLS on the relay’s port, channels', ['-t', '-S'], homeport.ports.relay],
+      ['TCP on the relay’s port, Send indications', ['-t', '-s'], homeport.ports.relay],
     ]) {
-      const port = flags.includes('-S') ? tlsPort : homeport.ports.turn;
+      const port = shared ?? (flags.includes('-S') ? tlsPort : homeport.ports.turn);
       await uclient(name, homeport.turnHost, port, ['-c', '-e', homeport.turnHost, ...flags]);
     }
   } finally {
@@ -133,8 +136,8 @@ test('turnutils_uclient loses nothing over IPv6, between the families, and with 
 
 test('aioice gets back what it sends', async () => {
   const here = fileURLToPath(new URL('.', import.meta.url));
-  for (const transport of ['udp', 'tcp', 'tls']) {
-    const port = transport === 'tls' ? tlsPort : homeport.ports.turn;
+  const { turn, relay } = homeport.ports;
+  for (const [transport, port] of [['udp', turn], ['tcp', turn], ['tls', tlsPort], ['tls', relay]]) {
     const { stdout } = await run(join(here, '.venv/bin/python'), [
       join(here, 'aioice_echo.py'), homeport.turnHost, port, transport, TURN_USER.username, TURN_USER.credential,
     ], { timeout: 60_000 });

@@ -12,11 +12,9 @@ import { binary, TURN_USER } from '../lib/homeport.mjs';
 const run = promisify(execFile);
 const here = dirname(fileURLToPath(import.meta.url));
 
-/** The server's addresses. The relay is at the first, on port 443 as well; TURN over TLS is at the second, on port 443. */
+/** The server's address: one, with relay and TURN over TLS both on port 443. */
 export const SERVER = '45.79.10.10';
-const SECOND = '45.79.10.11';
 const SERVER_V6 = '2a01:4f8:10::10';
-const SECOND_V6 = '2a01:4f8:10::11';
 
 /**
  * What a router does to the client behind it. `v4`, `v6`: which addresses the client has; `keeps`: whether one port of
@@ -154,10 +152,10 @@ class Site {
    * servers here: for UDP it asks a resolver that these networks do not have.)
    */
   rtc({ turn = true } = {}) {
-    const [host, second] = KINDS[this.kind].v4 ? [SERVER, SECOND] : [`[${SERVER_V6}]`, `[${SECOND_V6}]`];
-    const uris = [`turn:${host}:3478?transport=udp`, `turn:${host}:3478?transport=tcp`, `turns:${second}:443?transport=tcp`];
+    const host = KINDS[this.kind].v4 ? SERVER : `[${SERVER_V6}]`;
+    const uris = [`turn:${host}:3478?transport=udp`, `turn:${host}:3478?transport=tcp`, `turns:${host}:443?transport=tcp`];
     return {
-      relayUrls: [`wss://${host}:443`],
+      relayUrls: [`wss://${host}`],
       turnConfig: [{ urls: `stun:${host}:3478` }, ...(turn ? [{ urls: uris, ...TURN_USER }] : [])],
     };
   }
@@ -208,14 +206,6 @@ export class Lab {
     await lab.namespace(lab.server);
     await ip(`-n ${lab.server} link add internet type bridge`);
     await lab.address(lab.server, 'internet', SERVER, SERVER_V6);
-    await ip(`-n ${lab.server} addr add ${SECOND}/24 dev internet`);
-    await ip(`-n ${lab.server} addr add ${SECOND_V6}/64 dev internet nodad`);
-    for (const [command, first, second] of [['iptables', SERVER, SECOND], ['ip6tables', SERVER_V6, SECOND_V6]]) {
-      for (const [address, port] of [[first, 8080], [second, 5349]]) {
-        const words = `-t nat -A PREROUTING -d ${address} -p tcp --dport 443 -j REDIRECT --to-ports ${port}`;
-        await run('ip', ['netns', 'exec', lab.server, command, '-w', ...words.split(' ')]);
-      }
-    }
     // Between sites, as on the internet: through the server's host, which is a bridge to them.
     await run('ip', ['netns', 'exec', lab.server, 'sysctl', '-qw', 'net.ipv6.conf.all.forwarding=1']);
     return lab;
@@ -274,9 +264,9 @@ export class Lab {
   async homeport(env = {}) {
     const [cert, key] = ['cert.pem', 'key.pem'].map(name => join(this.folder, name));
     await run('openssl', ['req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-days', '2',
-      '-keyout', key, '-out', cert, '-subj', '/CN=homeport', '-addext', `subjectAltName=IP:${SERVER},IP:${SECOND}`]);
+      '-keyout', key, '-out', cert, '-subj', '/CN=homeport', '-addext', `subjectAltName=IP:${SERVER}`]);
     return this.spawn(this.server, [binary, 'up', '--room', 'notes', '--data', join(this.folder, 'data')], /gdb\(/, {
-      HOMEPORT_RELAY__LISTEN: '[::]:8080', HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,
+      HOMEPORT_RELAY__LISTEN: '[::]:443', HOMEPORT_TLS__CERT: cert, HOMEPORT_TLS__KEY: key,
       HOMEPORT_TURN__USERS: `{${TURN_USER.username}="${TURN_USER.credential}"}`, ...env,
     });
   }

@@ -6,6 +6,7 @@ import assert from 'node:assert/strict';
 import { readFile, writeFile } from 'node:fs/promises';
 import { dirname, join } from 'node:path';
 import { after, before, test } from 'node:test';
+import { setTimeout as wait } from 'node:timers/promises';
 import { fileURLToPath } from 'node:url';
 import { launchChromium, openPage, until } from '../lib/browser.mjs';
 import { client } from '../lib/clients.mjs';
@@ -25,6 +26,10 @@ const pairs = everything
 const seedPort = 3479;
 /** How long a pair is given that has no way. */
 const HOPELESS = 12_000;
+/** How long one is given that should have a way: an offer that came to nothing is made anew after a minute. */
+const PATIENCE = 90_000;
+/** How long a direct way may take to be found when another was faster. */
+const SETTLING = 10_000;
 const results = new Map();
 const sites = new Map();
 let lab, table;
@@ -62,8 +67,11 @@ function way({ local, protocol, remote }) {
 /** Of the two ends of a link, the one that says more. */
 const longest = (...ways) => ways.sort((one, other) => other.length - one.length)[0];
 
-/** Two Trystero pages: after how many ms they meet, and which way; or undefined. */
-async function trystero(both, options, patience) {
+/**
+ * Two Trystero pages: after how many ms they meet, and which way; or undefined. What connects first need not be what data
+ * goes by in the end: where a direct way is `expected`, it is given a while to be found.
+ */
+async function trystero(both, options, patience, expected) {
   const pages = await Promise.all(both.map(({ browser, pages }) => openPage(browser, `${pages}/pages/trystero.html`)));
   try {
     for (const page of pages) await until(page, 'the page', () => window.loaded === true);
@@ -81,8 +89,15 @@ async function trystero(both, options, patience) {
     const ms = Date.now() - start;
     await pages[0].evaluate(() => window.say('hello'));
     await until(pages[1], 'a message', () => window.state.messages[0] === 'hello');
-    const ways = await Promise.all(pages.map(async page => way((await page.evaluate(() => window.paths()))[0])));
-    return { ms, way: longest(...ways) };
+    const found = async () => longest(...await Promise.all(pages.map(async page => way((await page.evaluate(() => window.paths()))[0]))));
+    const first = await found();
+    let last = first;
+    while (expected && last !== expected && Date.now() - start - ms < SETTLING) {
+      await wait(200);
+      last = await found();
+    }
+    if (first !== last) console.log(`first by ${first}, then ${last}`);
+    return { ms, way: last };
   } finally {
     for (const page of pages) await page.context().close();
   }
@@ -128,7 +143,7 @@ function punches(one, other) {
 for (const [one, other] of pairs) {
   test(`${one} and ${other} meet`, { skip: reason }, async () => {
     const both = [await client_at(one, 0), await client_at(other, one === other ? 1 : 0)];
-    const met = await trystero(both, {}, 45_000);
+    const met = await trystero(both, {}, PATIENCE, punches(one, other) ? 'direct' : undefined);
     assert.equal(met.way === 'direct', punches(one, other), `they met by ${met.way}`);
     const withTurn = await database(both, 'with-turn', {});
     for (const [index, kind] of [one, other].entries()) assert.equal(withTurn.links[index] === 'direct', hasUdp(kind), kind);

@@ -115,7 +115,7 @@ impl Acme {
     /// Listens for the authority.
     fn answer(&self) -> anyhow::Result<Answering> {
         let listener = listen::tcp("tls.acme.listen", self.settings.listen)?;
-        let listener = WebListener::new(listener, None, MAX_CONNECTIONS)?;
+        let listener = WebListener::new(listener, None, None, MAX_CONNECTIONS)?;
         let routes = Router::new()
             .route("/.well-known/acme-challenge/{token}", get(show))
             .fallback(to_https)

@@ -301,7 +301,7 @@ mobility
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("homeport.toml");
         std::fs::write(&file, text).unwrap();
-        let turn = crate::settings::load(Some(&file), None, &[]).unwrap().turn().unwrap();
+        let turn = crate::settings::load(Some(&file), None, &[]).unwrap().turn(false).unwrap();
         assert_eq!(turn.listen.to_string(), "203.0.113.7:3479");
         assert_eq!(turn.credentials.secrets, ["north", "south"]);
         assert_eq!(turn.limits.allocations.user, 12);

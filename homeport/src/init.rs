@@ -379,7 +379,7 @@ pub(crate) fn openings(settings: &Settings) -> Vec<Opening> {
     }
     list.push(of(settings.turn.listen.port(), "UDP", "STUN and TURN"));
     list.push(of(settings.turn.listen.port(), "TCP", "TURN where UDP is blocked"));
-    if settings.has_tls() {
+    if settings.has_tls() && settings.turn.listen_tls != settings.relay.listen {
         list.push(of(settings.turn.listen_tls.port(), "TCP", "TURN over TLS"));
     }
     list.push(Opening { port: settings.turn.relay_ports.clone(), protocol: "UDP", what: "relayed traffic" });

@@ -161,9 +161,9 @@ async fn round(tries: &Tries, metrics: &Metrics, telemetry: &Telemetry) {
     if let Some(turn) = &tries.turn {
         for (name, server, transport) in &turn.transports {
             let (success, seconds) = say(name, &turn.echo(*server, transport.clone()).await);
-            let label = name.rsplit(' ').next().unwrap_or(name);
-            metrics.turn.0.with_label_values(&[label]).set(success);
-            metrics.turn.1.with_label_values(&[label]).set(seconds);
+            let label = name.strip_prefix("turn over ").unwrap_or(name).replace(' ', "_");
+            metrics.turn.0.with_label_values(&[&label]).set(success);
+            metrics.turn.1.with_label_values(&[&label]).set(seconds);
         }
     }
     if let Some((place, seed)) = &tries.seed {

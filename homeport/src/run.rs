@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use rustls::pki_types::ServerName;
 use seed_peer::{CheckRoom, RelayKey};
 use service::{Cluster, MetricsServer, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
@@ -93,11 +94,12 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         None => None,
     };
     let turn = if services.turn {
-        let server = turn_server::Server::bind(settings.turn()?).await?;
+        let server = turn_server::Server::bind(settings.turn(services.relay)?).await?;
+        let tls_port = server.tls_address().map(|address| address.port());
         summary.turn = Some(TurnSummary {
             external_ip: server.external_ip(),
             port: server.address().port(),
-            tls_port: server.tls_address().map(|address| address.port()),
+            tls_port: if services.relay { settings.turn_tls_port(tls_port) } else { tls_port },
         });
         status.add(Some("turn"), server.telemetry().clone());
         telemetry.push(server.telemetry().clone());
@@ -138,7 +140,8 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
             telemetry.push(reported);
         }
         let routes = routes.merge(Arc::clone(&status).routes());
-        let server = relay::Server::bind(settings.relay(routes, &own_keys, cluster.clone())?).await?;
+        let stun = turn.as_ref().map(turn_server::Server::stun_taker);
+        let server = relay::Server::bind(settings.relay(routes, &own_keys, cluster.clone(), stun)?).await?;
         summary.relay = Some((server.address(), settings.relay_url()));
         server.served_rooms().set(&settings.check_room(), true);
         status.add(Some("relay"), server.telemetry().clone());
@@ -200,7 +203,9 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         let tries = Tries {
             relay: own_relay,
             seed: seed.as_ref().and_then(|seed| Some((met?, seed.address()))),
-            turn: turn.as_ref().and_then(|turn| turn_tries(&settings, turn)),
+            turn: turn
+                .as_ref()
+                .and_then(|turn| turn_tries(&settings, turn, relay.as_ref().map(relay::Server::address))),
         };
         let (tried, task) = probe::start(tries)?;
         status.add(Some("tries from inside"), tried.clone());
@@ -278,8 +283,8 @@ fn client_config(settings: &Settings, servers: Arc<TurnServers>) -> anyhow::Resu
     Ok(ClientConfig { relay_url: settings.relay_url(), relay_listen: settings.relay.listen, tls, turn })
 }
 
-/// How to try the TURN server of this process.
-fn turn_tries(settings: &Settings, server: &turn_server::Server) -> Option<TurnTries> {
+/// How to try the TURN server of this process, and of its relay's port if there is one, as apps are told of them.
+fn turn_tries(settings: &Settings, server: &turn_server::Server, relay: Option<SocketAddr>) -> Option<TurnTries> {
     let credentials = settings.turn_credentials();
     let login = match credentials.secrets.into_iter().next() {
         Some(secret) => TurnLogin::Secret(secret),
@@ -291,10 +296,13 @@ fn turn_tries(settings: &Settings, server: &turn_server::Server) -> Option<TurnT
     let plain = own_address(server.address());
     let mut transports =
         vec![("turn over udp", plain, ProbeTransport::Udp), ("turn over tcp", plain, ProbeTransport::Tcp)];
-    if let Some(address) = server.tls_address() {
-        let name = settings.host().unwrap_or("localhost").to_owned();
-        let transport = ProbeTransport::Tls(probe::any_certificate(), name.try_into().ok()?);
-        transports.push(("turn over tls", own_address(address), transport));
+    let name = ServerName::try_from(settings.host().unwrap_or("localhost").to_owned()).ok()?;
+    let (own, shared) = (server.tls_address(), relay.filter(|_| settings.has_tls()));
+    for (what, address) in
+        [("turn over tls", own.or(shared)), ("turn over tls on relay port", shared.filter(|_| own.is_some()))]
+    {
+        let transport = ProbeTransport::Tls(probe::any_certificate(), name.clone());
+        transports.extend(address.map(|address| (what, own_address(address), transport)));
     }
     Some(TurnTries { credentials: login, transports })
 }

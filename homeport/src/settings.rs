@@ -256,7 +256,7 @@ mod tests {
             listen = "127.0.0.1:9004"
             "#)
         .unwrap();
-        let turn = settings.turn().unwrap();
+        let turn = settings.turn(true).unwrap();
         assert_eq!(turn.relay_ports, 50_000..=50_100);
         assert_eq!(turn.credentials.users["alice"], "password");
         let seed =
@@ -325,9 +325,9 @@ mod tests {
         ] {
             let error = match of(text) {
                 Ok(settings) => settings
-                    .turn()
+                    .turn(true)
                     .and_then(|_| settings.relay_key())
-                    .and_then(|key| settings.relay(axum::Router::new(), &[&key], None))
+                    .and_then(|key| settings.relay(axum::Router::new(), &[&key], None, None))
                     .and_then(|_| settings.cluster())
                     .and_then(|_| settings.other_turn_servers())
                     .map(|_| ())

@@ -14,7 +14,8 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
 use service::{
-    BindError, Certificate, Cluster, Health, Origin, Telemetry, TlsError, TlsFiles, WebListener, WebTls, listen,
+    BindError, Certificate, Cluster, Health, Origin, StunTaker, Telemetry, TlsError, TlsFiles, WebListener, WebTls,
+    listen,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -89,6 +90,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The certificate for clients that begin with TLS; those that do not are served as well, on the same port.
     pub tls: Option<TlsFiles>,
+    /// Takes clients of TURN that come to the relay's port, with TLS or without.
+    pub stun: Option<StunTaker>,
     /// What a client may ask.
     pub limits: Limits,
     /// What one client and one address may ask in a second.
@@ -120,6 +123,7 @@ impl Config {
         Self {
             listen,
             tls: None,
+            stun: None,
             limits: Limits::default(),
             rates: Rates::default(),
             trusted_proxy_header: None,
@@ -260,7 +264,7 @@ impl Server {
             None => None,
         };
         let sockets = relay.limits.connections.saturating_add(PAGES);
-        let listener = WebListener::new(listener, tls, sockets)
+        let listener = WebListener::new(listener, tls, config.stun, sockets)
             .map_err(|source| BindError { setting: "relay.listen", address, protocol: "TCP", source })?
             // Of a tapped listener, axum knows where clients come from.
             .tap_io(|_| ());

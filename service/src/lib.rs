@@ -19,4 +19,4 @@ pub use metrics::{MetricsServer, Telemetry};
 pub use origin::Origin;
 pub use recent::RecentSet;
 pub use tls::{Certificate, TlsError, TlsFiles};
-pub use web_listener::{WebListener, WebTls};
+pub use web_listener::{StunConnection, StunTaker, WebListener, WebTls};

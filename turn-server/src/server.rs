@@ -4,11 +4,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use service::{BindError, Certificate, State, Telemetry, TlsError, TlsFiles, listen};
+use service::{BindError, Certificate, State, StunTaker, Telemetry, TlsError, TlsFiles, listen};
 use tokio_util::sync::CancellationToken;
 
 use crate::bucket::Rate;
@@ -20,6 +21,7 @@ use crate::nonce::Nonces;
 use crate::peer_filter::PeerFilter;
 use crate::quotas::{Ledger, Quotas};
 use crate::sockets::{BindAddresses, Reservations, Sockets};
+use crate::stream::End;
 use crate::worker::{Command, Mailbox, Parts, Worker};
 
 /// How often the server's own addresses are looked up again.
@@ -126,6 +128,9 @@ pub struct Server {
     telemetry: Telemetry,
     drain: Duration,
     mailboxes: Vec<Mailbox>,
+    /// TCP and TLS connections.
+    connections: Ledger,
+    refused: prometheus::IntCounter,
     threads: Vec<JoinHandle<()>>,
     stop: CancellationToken,
 }
@@ -139,6 +144,7 @@ impl Server {
         let telemetry = Telemetry::default();
         let metrics = Metrics::register(&telemetry.registry)?;
         let allocations = metrics.allocations.clone();
+        let refused = metrics.streams_ended.with_label_values(&[End::Refused.label()]);
         let count = match config.threads {
             0 => std::thread::available_parallelism().map_or(1, NonZeroUsize::get),
             threads => threads,
@@ -228,6 +234,8 @@ impl Server {
             telemetry,
             drain: config.drain,
             mailboxes,
+            connections,
+            refused,
             threads,
             stop,
         })
@@ -246,6 +254,21 @@ impl Server {
     /// The address of allocations; of two families, that of IPv4.
     pub fn external_ip(&self) -> IpAddr {
         self.external_ip
+    }
+
+    /// What takes clients that come to a listener of another service of this process, so that one port, such as 443, is
+    /// enough for both. They count as any other, and are served by each thread in turn.
+    pub fn stun_taker(&self) -> StunTaker {
+        let (mailboxes, connections, refused) =
+            (self.mailboxes.clone(), self.connections.clone(), self.refused.clone());
+        let next = AtomicUsize::new(0);
+        StunTaker::new(move |connection| {
+            let Ok(share) = connections.take("", connection.client.ip().to_canonical()) else { return refused.inc() };
+            let turn = next.fetch_add(1, Ordering::Relaxed) % mailboxes.len().max(1);
+            if let Some(mailbox) = mailboxes.get(turn) {
+                mailbox.send(Command::Take { connection: Box::new(connection), share });
+            }
+        })
     }
 
     /// How many allocations are open.

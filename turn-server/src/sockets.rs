@@ -230,13 +230,15 @@ impl Sockets {
         self.listeners.clear();
     }
 
-    pub(crate) fn add_stream(&mut self, stream: Stream) -> io::Result<()> {
+    /// Waits for what comes on a stream from now on. Returns what it goes by.
+    pub(crate) fn add_stream(&mut self, stream: Stream) -> io::Result<usize> {
         let entry = self.streams.vacant_entry();
-        epoll::add(&self.epoll, &stream.socket, Source::Stream(entry.key()).data(), epoll::EventFlags::IN)?;
+        let index = entry.key();
+        epoll::add(&self.epoll, &stream.socket, Source::Stream(index).data(), epoll::EventFlags::IN)?;
         self.metrics.streams.with_label_values(&[stream.client.transport.label()]).inc();
-        self.by_client.insert(stream.client, entry.key());
+        self.by_client.insert(stream.client, index);
         entry.insert(stream);
-        Ok(())
+        Ok(index)
     }
 
     pub(crate) fn close_stream(&mut self, index: usize, end: End) {

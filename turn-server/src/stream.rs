@@ -20,6 +20,8 @@ const TLS_CHUNK: usize = 16 << 10;
 /// Why a connection ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
+    /// Before it began: there is no room for more.
+    Refused,
     Left,
     Malformed,
     Idle,
@@ -32,6 +34,7 @@ impl End {
     /// For metrics.
     pub(crate) fn label(self) -> &'static str {
         match self {
+            Self::Refused => "refused",
             Self::Left => "left",
             Self::Malformed => "malformed",
             Self::Idle => "idle",
@@ -114,11 +117,17 @@ impl Stream {
             let _ = tls.write_tls(&mut self.socket);
             return Err(End::Tls);
         }
+        self.read_decrypted(scratch).map(|()| true)
+    }
+
+    /// Reads what TLS has decrypted, through `scratch`, into `incoming`.
+    pub(crate) fn read_decrypted(&mut self, scratch: &mut [u8]) -> Result<(), End> {
+        let Some(tls) = &mut self.tls else { return Ok(()) };
         loop {
             match tls.reader().read(scratch) {
                 Ok(0) => return Err(End::Left),
                 Ok(length) => self.incoming.extend_from_slice(&scratch[..length]),
-                Err(error) => return nothing_yet(&error).map(|()| true),
+                Err(error) => return nothing_yet(&error),
             }
         }
     }

@@ -11,12 +11,13 @@ use prometheus::local::LocalHistogram;
 use quinn_udp::{BATCH_SIZE, RecvMeta, UdpSockRef};
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustls::{ServerConfig, ServerConnection};
+use service::StunConnection;
 
 use crate::coalescing::Coalescing;
 use crate::engine::{AllocationId, ClientId, Engine, Now, Place, Transport};
 use crate::frame::first_frame;
 use crate::metrics::Metrics;
-use crate::quotas::Ledger;
+use crate::quotas::{Ledger, Share};
 use crate::sockets::{BindAddresses, Datagrams, Relay, Reservations, Sockets, Source};
 use crate::stream::{End, Stream};
 
@@ -44,6 +45,8 @@ const IDLE_STREAM: Duration = Duration::from_secs(60);
 pub(crate) enum Command {
     /// The server's addresses have changed.
     Move(Place, BindAddresses),
+    /// A client has come to a listener of another service.
+    Take { connection: Box<StunConnection>, share: Share },
     /// Take nothing new, and end when all allocations have ended, or at the deadline.
     Drain { deadline: Instant },
 }
@@ -187,7 +190,7 @@ impl Worker {
             let now = now();
             for event in &events {
                 match Source::of(event.data) {
-                    Source::Wake => self.obey(now.instant),
+                    Source::Wake => self.obey(now),
                     Source::Clients(index) => self.receive_from_clients(index, now),
                     Source::Listener(index) => self.accept(index, now.instant),
                     Source::Stream(index) => self.stream(index, event.flags, now),
@@ -240,17 +243,21 @@ impl Worker {
         Timespec::try_from(wait).ok()
     }
 
-    fn obey(&mut self, now: Instant) {
+    fn obey(&mut self, now: Now) {
         for command in self.mailbox.take() {
             match command {
                 Command::Move(place, bind) => {
                     self.engine.set_place(place);
                     self.sockets.bind = bind;
                 }
+                // As when listening has stopped.
+                Command::Take { .. } if self.drain_until.is_some() => {}
+                Command::Take { connection, share } => self.take(*connection, share, now),
                 Command::Drain { deadline } => {
                     self.engine.drain();
                     self.sockets.stop_listening();
-                    self.drain_until = Some(self.drain_until.map_or(deadline, |until| until.min(deadline)).max(now));
+                    let deadline = self.drain_until.map_or(deadline, |until| until.min(deadline));
+                    self.drain_until = Some(deadline.max(now.instant));
                 }
             }
         }
@@ -335,7 +342,7 @@ impl Worker {
             };
             let client = ClientId { transport, address: canonical(address), server: canonical(server) };
             let Ok(share) = self.connections.take("", client.address.ip()) else {
-                self.metrics.streams_ended.with_label_values(&["refused"]).inc();
+                self.metrics.streams_ended.with_label_values(&[End::Refused.label()]).inc();
                 continue;
             };
             let tls = match (transport, &self.tls) {
@@ -352,6 +359,31 @@ impl Worker {
                 tracing::warn!(%error, "accepting a TURN client");
             }
         }
+    }
+
+    /// Serves a client that has come to a listener of another service and has begun to speak.
+    fn take(&mut self, connection: StunConnection, share: Share, now: Now) {
+        let StunConnection { socket, tls, client } = connection;
+        let transport = if tls.is_some() { Transport::Tls } else { Transport::Tcp };
+        let added = socket.local_addr().and_then(|server| {
+            let client = ClientId { transport, address: canonical(client), server: canonical(server) };
+            self.sockets.add_stream(Stream::new(socket, tls, client, share, now.instant))
+        });
+        match added {
+            Ok(index) => {
+                if let Err(end) = self.first_words(index, now) {
+                    self.end_stream(index, end, now.instant);
+                }
+            }
+            Err(error) => tracing::debug!(%error, "a TURN client has gone again"),
+        }
+    }
+
+    /// Hears what the client of a new stream has said before it was ours.
+    fn first_words(&mut self, index: usize, now: Now) -> Result<(), End> {
+        let Some(stream) = self.sockets.streams.get_mut(index) else { return Ok(()) };
+        stream.read_decrypted(&mut self.receive.buffer[..RECEIVE_BUFFER])?;
+        self.messages(index, now)
     }
 
     fn stream(&mut self, index: usize, flags: epoll::EventFlags, now: Now) {

@@ -9,7 +9,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use service::TlsFiles;
+use service::{Certificate, TlsFiles, WebListener, WebTls};
 use stun::attributes::{ATTR_EVEN_PORT, ATTR_REQUESTED_ADDRESS_FAMILY, ATTR_RESERVATION_TOKEN, AttrType, RawAttribute};
 use support::{CHANNEL_HEAD, Client, PASSWORD, REALM, Transport, USER, channel_data, tls_config};
 use turn_server::{Config, Credentials, ExternalIp, Limits, Quotas, Server};
@@ -91,6 +91,48 @@ fn echo(client: &mut Client, peer: &UdpSocket) {
         let back = client.transport.read().unwrap();
         assert_eq!(back[CHANNEL_HEAD..CHANNEL_HEAD + size], channel_data(size)[CHANNEL_HEAD..CHANNEL_HEAD + size]);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_came_to_the_port_of_another_service_are_served_as_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (files, _) = certificate(folder.path());
+    let limits = Limits { address_connections: 3, ..config().limits };
+    let server = start(Config { limits, ..config() }).await;
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let tls = WebTls {
+        config: Certificate::load(files).unwrap().server_config().unwrap(),
+        handshakes: prometheus::IntCounterVec::new(prometheus::Opts::new("handshakes", "Of the web."), &["result"])
+            .unwrap(),
+    };
+    let web = WebListener::new(listener, Some(tls), Some(server.stun_taker()), 100).unwrap();
+    tokio::task::block_in_place(|| {
+        let tls = tls_config().unwrap();
+        // As many as there are threads, so that each has one, and one more.
+        let mut clients: Vec<Client> = (0..3)
+            .map(|number| {
+                let transport = match number {
+                    0 => Transport::tcp(address),
+                    _ => Transport::tls(address, &tls),
+                };
+                Client::allocate(transport.unwrap()).unwrap()
+            })
+            .collect();
+        for client in &mut clients {
+            echo(client, &peer("127.0.0.1:0"));
+        }
+        assert_eq!(counted(&server, "homeport_turn_streams", "tls"), 2.0);
+        assert_eq!(counted(&server, "homeport_turn_streams", "tcp"), 1.0);
+        // The quota of their address counts them too.
+        assert!(Client::allocate(Transport::tls(address, &tls).unwrap()).is_err());
+        until(&server, "homeport_turn_streams_ended_total", "refused", 1.0);
+        drop(clients);
+        until(&server, "homeport_turn_streams", "", 0.0);
+        Client::allocate(Transport::tls(address, &tls).unwrap()).unwrap();
+    });
+    server.shutdown().await;
+    drop(web);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
-use service::Cluster;
 use service::settings::SettingsError;
+use service::{Cluster, StunTaker};
 
 use super::{Settings, everywhere};
 use crate::status;
@@ -110,12 +110,13 @@ impl Settings {
     }
 
     /// The relay's configuration; `routes` are pages besides its own, `own` are the keys of who asks it from this
-    /// process, `cluster` is what it shares its clients with.
+    /// process, `cluster` is what it shares its clients with, `stun` who takes clients of TURN that come to its port.
     pub(crate) fn relay(
         &self,
         routes: axum::Router,
         own: &[&RelayKey],
         cluster: Option<Cluster>,
+        stun: Option<StunTaker>,
     ) -> Result<relay::Config, SettingsError> {
         let admission = match self.relay.admission {
             Admission::Open => relay::Admission::Open,
@@ -147,6 +148,7 @@ impl Settings {
         Ok(relay::Config {
             listen: self.relay.listen,
             tls: self.tls_files()?,
+            stun,
             limits,
             rates,
             trusted_proxy_header: self.relay.trusted_proxy_header.clone(),

@@ -23,7 +23,9 @@ use crate::turn_servers::{SecretPrint, TurnServer, TurnServers};
 pub(crate) struct TurnSettings {
     /// Where to listen for clients, UDP and TCP.
     pub(crate) listen: SocketAddr,
-    /// Where to listen for clients with TLS, when there is a certificate; 443 gets through most firewalls.
+    /// Where to listen for clients with TLS, when there is a certificate; 443 gets through most firewalls. In one
+    /// process (`homeport up`), the relay's port takes them too, so this may be `relay.listen`; if that is 443, apps are
+    /// told of it rather than of this.
     pub(crate) listen_tls: SocketAddr,
     /// The address of relayed traffic: found (`"auto"`), given, `"public/private"` behind a one-to-one NAT (as on
     /// most clouds), or `"stun:host:port"` to ask a STUN server elsewhere for it; a list for both families. It is
@@ -163,14 +165,17 @@ impl Default for TurnSettings {
 }
 
 impl Settings {
-    /// The TURN server's configuration.
-    pub(crate) fn turn(&self) -> Result<turn_server::Config, SettingsError> {
+    /// The TURN server's configuration; `with_relay` in one process with the relay, which hands it those of its clients
+    /// that speak STUN.
+    pub(crate) fn turn(&self, with_relay: bool) -> Result<turn_server::Config, SettingsError> {
         let turn = &self.turn;
         let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        // Then it is the relay that listens there. Port 0 is another one each time.
+        let is_of_relay = turn.listen_tls == self.relay.listen && turn.listen_tls.port() != 0;
         Ok(turn_server::Config {
             listen: turn.listen,
             listen_tls: turn.listen_tls,
-            tls: self.tls_files()?,
+            tls: self.tls_files()?.filter(|_| !(with_relay && is_of_relay)),
             external_ips: self.turn_external_ips()?,
             relay_ports: port_range(&turn.relay_ports)?,
             realm: turn.realm.clone(),
@@ -213,6 +218,16 @@ impl Settings {
             port: self.turn.listen.port(),
             tls_port: self.tls_files()?.map(|_| self.turn.listen_tls.port()),
         })
+    }
+
+    /// The port of TLS that apps are told of, of a TURN server in one process with the relay; `own` is the server's own, if
+    /// it has one.
+    pub(crate) fn turn_tls_port(&self, own: Option<u16>) -> Option<u16> {
+        let relay = self.relay.listen;
+        let is_beside_turn = relay.ip().is_unspecified() || relay.ip() == self.turn.listen_tls.ip();
+        // More networks let 443 out than any other port, and whoever signals through it gets there.
+        let is_better = relay.port() == 443 && is_beside_turn;
+        own.filter(|_| !is_better).or(self.has_tls().then_some(relay.port()))
     }
 
     /// A TURN server of these settings, as apps reach it.
@@ -270,4 +285,28 @@ fn port_range(text: &str) -> Result<RangeInclusive<u16>, SettingsError> {
         (*range.start() > 0 && !range.is_empty()).then_some(range)
     });
     range.ok_or_else(|| SettingsError::of("turn.relay_ports", format_args!("expected \"first-last\", found {text:?}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn apps_are_told_of_the_port_of_tls_that_most_networks_let_out() {
+        let told = |relay: &str, turn: &str, has_tls| {
+            let mut settings = Settings::default();
+            (settings.relay.listen, settings.turn.listen_tls) = (relay.parse().unwrap(), turn.parse().unwrap());
+            if has_tls {
+                settings.tls.acme.domains = vec!["relay.example.com".into()];
+            }
+            let own = settings.turn(true).unwrap().tls.map(|_| settings.turn.listen_tls.port());
+            (own, settings.turn_tls_port(own))
+        };
+        assert_eq!(told("[::]:443", "[::]:5349", false), (None, None));
+        assert_eq!(told("[::]:8080", "[::]:5349", true), (Some(5349), Some(5349)));
+        assert_eq!(told("[::]:443", "[::]:5349", true), (Some(5349), Some(443)));
+        assert_eq!(told("203.0.113.7:443", "203.0.113.8:5349", true), (Some(5349), Some(5349)));
+        assert_eq!(told("[::]:8443", "[::]:8443", true), (None, Some(8443)), "the relay listens there for both");
+        assert_eq!(told("[::]:0", "[::]:0", true).0, Some(0), "each is given a port of its own");
+    }
 }
