@@ -34,6 +34,11 @@ const GOOD: Duration = Duration::from_secs(60);
 /// How often a relay is asked whether it is there, and how long it may be silent.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 const SILENCE: Duration = Duration::from_secs(50);
+/// A subscription that a relay has ended is made again after so long, since some have enough for a moment only; each
+/// refusal doubles that, up to 16 times.
+const RESUBSCRIBE: Duration = Duration::from_secs(5);
+/// Refusals of one connection that a person is told of.
+const TOLD_REFUSALS: u32 = 3;
 /// Topics in one subscription: relays bound both subscriptions and the size of filters.
 const TOPICS_PER_SUBSCRIPTION: usize = 100;
 /// How old an event may be by its author's clock when we subscribe, in seconds. Clocks differ; ephemeral events that
@@ -41,6 +46,9 @@ const TOPICS_PER_SUBSCRIPTION: usize = 100;
 const LOOK_BACK_SECONDS: u64 = 120;
 /// The largest message of a relay.
 const MAX_MESSAGE: usize = 512 << 10;
+
+/// What names of subscriptions begin with; behind it stands which group of topics it is for.
+const SUBSCRIPTION: &str = "homeport-";
 
 /// Names a relay by its place in the settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -144,6 +152,8 @@ impl Signalling {
                 key: key.clone(),
                 topics: topics.subscribe(),
                 subscribed: Vec::new(),
+                resubscribe: None,
+                refusals: 0,
                 heard: heard.clone(),
                 connector: connector.clone(),
                 metrics: metrics.clone(),
@@ -214,6 +224,10 @@ struct Relay {
     topics: watch::Receiver<Arc<Topics>>,
     /// The version of each group of topics that the relay knows.
     subscribed: Vec<u64>,
+    /// When to make subscriptions again that the relay has ended.
+    resubscribe: Option<tokio::time::Instant>,
+    /// How often the relay has refused something on this connection.
+    refusals: u32,
     heard: mpsc::Sender<Heard>,
     connector: Connector,
     metrics: Metrics,
@@ -302,6 +316,7 @@ impl Relay {
 
     async fn converse(&mut self, mut socket: Socket, outgoing: &mut mpsc::Receiver<Utf8Bytes>) -> End {
         self.subscribed.clear();
+        (self.resubscribe, self.refusals) = (None, 0);
         if let Err(error) = self.subscribe(&mut socket).await {
             return End::Lost(error.to_string());
         }
@@ -346,6 +361,10 @@ impl Relay {
                     // The other side goes together with that of `outgoing`, which is heard of next.
                     Err(_) => Ok(()),
                 },
+                () = until(self.resubscribe) => {
+                    self.resubscribe = None;
+                    self.subscribe(&mut socket).await
+                }
                 _ = ping.tick() => {
                     if last_heard.elapsed() > SILENCE {
                         return End::Lost("it has gone silent".into());
@@ -397,7 +416,7 @@ impl Relay {
                 continue;
             }
             *known = group.version;
-            let name = format!("homeport-{index}");
+            let name = format!("{SUBSCRIPTION}{index}");
             let request = if group.topics.is_empty() {
                 serde_json::json!(["CLOSE", name])
             } else {
@@ -413,8 +432,18 @@ impl Relay {
         socket.flush().await
     }
 
+    /// The relay has ended a subscription, whose name is given as JSON.
+    fn closed(&mut self, name: &str) {
+        let index = name.trim_matches('"').strip_prefix(SUBSCRIPTION).and_then(|index| index.parse::<usize>().ok());
+        if let Some(known) = index.and_then(|index| self.subscribed.get_mut(index)) {
+            *known = 0;
+            let wait = RESUBSCRIBE * (1 << self.refusals.min(4));
+            self.resubscribe.get_or_insert_with(|| tokio::time::Instant::now() + wait);
+        }
+    }
+
     /// Makes sense of a relay's message; most of what is not an event is of no interest.
-    fn understand(&self, text: &str) -> Option<Heard> {
+    fn understand(&mut self, text: &str) -> Option<Heard> {
         let parts: Vec<&RawValue> = serde_json::from_str(text).ok()?;
         match parts.as_slice() {
             [verb, _, event] if verb.get() == r#""EVENT""# => {
@@ -430,10 +459,18 @@ impl Relay {
                     Audience::Check => Some(Heard::Check { relay, event_id, content: event.content.into_owned() }),
                 }
             }
-            // Refusals are worth a person's attention: a relay that refuses is no relay.
             [verb, rest @ ..] if matches!(verb.get(), r#""CLOSED""# | r#""NOTICE""#) => {
-                let reason = rest.last().map_or("", |reason| reason.get());
-                tracing::warn!(relay = %self.url, reason = ?truncated(reason), "a relay refuses");
+                if let (r#""CLOSED""#, [name, ..]) = (verb.get(), rest) {
+                    self.closed(name.get());
+                }
+                let reason = truncated(rest.last().map_or("", |reason| reason.get()));
+                self.refusals = self.refusals.saturating_add(1);
+                // Worth a person's attention, since a relay that refuses is no relay; but not each time.
+                if self.refusals <= TOLD_REFUSALS {
+                    tracing::warn!(relay = %self.url, ?reason, "a relay refuses");
+                } else {
+                    tracing::debug!(relay = %self.url, ?reason, "a relay refuses");
+                }
                 None
             }
             [verb, _, accepted, reason] if verb.get() == r#""OK""# && accepted.get() == "false" => {
@@ -442,6 +479,14 @@ impl Relay {
             }
             _ => None,
         }
+    }
+}
+
+/// Waits until then; without a time, for ever.
+async fn until(time: Option<tokio::time::Instant>) {
+    match time {
+        Some(time) => tokio::time::sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -1,8 +1,10 @@
 //! Rooms in a full mesh.
 
+use futures_util::{SinkExt as _, StreamExt as _};
 use genosdb::graph::Outcome;
 use genosdb::{MemoryGraph, Operation};
 use seed_peer::{CellsConfig, RelayKey, RoomConfig, RoomError, Server};
+use tokio_tungstenite::tungstenite::Message;
 
 use crate::client::{Client, PATIENCE, View, new_id, wall_ms};
 use crate::house::{config, counted, join, nodes, relay, relay_at, relay_with, seed, seed_with, url};
@@ -48,6 +50,36 @@ async fn what_a_peer_wrote_outlives_it_and_a_restart() {
     newcomer.leave().await;
     second_seed.shutdown().await;
     relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_subscription_that_a_relay_has_ended_is_made_again() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed(&[&format!("ws://{}/", listener.local_addr().unwrap())], data.path());
+    let (stream, _) = listener.accept().await.unwrap();
+    let mut socket = tokio_tungstenite::accept_async(stream).await.unwrap();
+    let mut asked = async |end: Option<&serde_json::Value>| {
+        if let Some(name) = end {
+            let closed = serde_json::json!(["CLOSED", name, "error: enough for now"]);
+            socket.send(Message::text(closed.to_string())).await.unwrap();
+        }
+        loop {
+            let message = tokio::time::timeout(PATIENCE, socket.next()).await.expect("nothing is asked for");
+            let Message::Text(text) = message.unwrap().unwrap() else { continue };
+            let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+            if value[0] == "REQ" {
+                return (value[1].clone(), value[2]["#x"].as_array().unwrap().clone());
+            }
+        }
+    };
+    // Two databases are two rooms each, with a topic of the room and one of the seed; and one for who tries links.
+    let mut all = asked(None).await;
+    while all.1.len() < 9 {
+        all = asked(None).await;
+    }
+    assert_eq!(asked(Some(&all.0)).await, all);
+    seed.shutdown().await;
 }
 
 #[tokio::test]
