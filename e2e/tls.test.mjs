@@ -150,6 +150,44 @@ test('a certificate is asked for, shared by relay and TURN, and renewed while a 
   }
 });
 
+test('an authority that asks at the relay’s port is convinced there, and TURN shares the port', async () => {
+  const relay = await freePort();
+  const pebble = await Pebble.start(folder, { seconds: 600, tlsPort: relay });
+  const homeport = await Homeport.start({
+    ports: { relay },
+    settings: {
+      HOMEPORT_TURN__LISTEN_TLS: `[::]:${relay}`,
+      ...acme(['relay.homeport.test'], pebble, await freePort()),
+      HOMEPORT_TLS__ACME__CHALLENGE: 'tls-alpn-01',
+    },
+  });
+  try {
+    // It asks nowhere else: nobody listens at its `httpPort`.
+    await until('a certificate', () => shown(relay, 'relay.homeport.test', pebble.root));
+    const client = new Client(`wss://127.0.0.1:${relay}`, { ca: pebble.root, servername: 'relay.homeport.test' });
+    await client.echo();
+    client.socket.close();
+    const speak = async ALPNProtocols => {
+      const socket = connect({ port: relay, host: '127.0.0.1', servername: 'relay.homeport.test', ca: pebble.root, ALPNProtocols });
+      await once(socket, 'secureConnect');
+      socket.end();
+    };
+    await speak(['h2', 'http/1.1']);
+    await assert.rejects(speak(['acme-tls/1']), 'nothing is to be proven any more');
+    const { turnConfig } = await (await fetch(`${homeport.httpUrl}/client-config.json`)).json();
+    assert.ok(turnConfig.some(({ urls }) => [urls].flat().includes(`turns:relay.homeport.test:${relay}?transport=tcp`)));
+    // With a certificate from the start, the first try from inside succeeds.
+    await homeport.terminate();
+    await homeport.run();
+    await until('a try of TURN over TLS', async () => await homeport.metric('homeport_turn_probe_success', 'tls') === 1);
+  } catch (error) {
+    throw new Error(`${error.stack}\n${homeport.log}\n${pebble.log}`);
+  } finally {
+    await homeport.stop();
+    await pebble.stop();
+  }
+});
+
 test('an authority that is not convinced is quoted, and the services go on', async () => {
   const pebble = await Pebble.start(folder, { seconds: 600, httpPort: await freePort() });
   const started = Homeport.start({

@@ -42,7 +42,7 @@ export class Homeport {
   #process;
   #log = '';
 
-  static async start({ rooms = [], settings = {}, data, files = {} } = {}) {
+  static async start({ rooms = [], settings = {}, data, files = {}, ports = {} } = {}) {
     const homeport = new Homeport();
     homeport.folder = await mkdtemp(join(tmpdir(), 'homeport-e2e-'));
     homeport.data = data ?? join(homeport.folder, 'data');
@@ -52,6 +52,7 @@ export class Homeport {
       metrics: await freePort(),
       turn: await freePort(),
       seed: await freePort(),
+      ...ports,
     };
     homeport.settings = settings;
     for (const [name, text] of Object.entries(files)) await writeFile(join(homeport.folder, name), text);

@@ -32,8 +32,8 @@ export class Pebble {
   #dns;
   #log = '';
 
-  /** Starts it in `folder`; it issues certificates that are good for `seconds`, and asks at `httpPort`. */
-  static async start(folder, { seconds, httpPort }) {
+  /** Starts it in `folder`; it issues certificates that are good for `seconds`, and asks at `httpPort` and `tlsPort`. */
+  static async start(folder, { seconds, httpPort, tlsPort }) {
     const pebble = new Pebble();
     const file = name => join(folder, name);
     // The certificate of the authority's own web server: ACME is HTTPS.
@@ -48,7 +48,7 @@ export class Pebble {
     await writeFile(file('pebble.json'), JSON.stringify({ pebble: {
       listenAddress: `127.0.0.1:${port}`, managementListenAddress: `127.0.0.1:${management}`,
       certificate: file('pebble.pem'), privateKey: file('pebble.key'),
-      httpPort, tlsPort: await freePort(), ocspResponderURL: '', externalAccountBindingRequired: false,
+      httpPort: httpPort ?? await freePort(), tlsPort: tlsPort ?? await freePort(), ocspResponderURL: '', externalAccountBindingRequired: false,
       certificateValidityPeriod: seconds,
     } }));
     pebble.#dns = await dns();

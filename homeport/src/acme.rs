@@ -1,4 +1,5 @@
-//! Certificates that are asked for and renewed by themselves: ACME (RFC 8555) with the challenge HTTP-01.
+//! Certificates that are asked for and renewed by themselves: ACME (RFC 8555) with the challenge HTTP-01, or TLS-ALPN-01
+//! (RFC 8737) at the relay's port.
 //!
 //! What is got lies in files, which the services read again when they change: the relay and the TURN server share one
 //! certificate, also as separate processes on one `seed.data`, of which only one asks.
@@ -18,12 +19,14 @@ use axum::routing::get;
 use instant_acme::{
     Account, AuthorizationStatus, ChallengeType, Identifier, NewAccount, NewOrder, OrderStatus, RetryPolicy,
 };
-use service::{State as PartState, Telemetry, TlsFiles, WebListener, listen};
+use rcgen::{CertificateParams, CustomExtension, KeyPair};
+use rustls::pki_types::PrivateKeyDer;
+use service::{Proofs, State as PartState, Telemetry, TlsFiles, WebListener, listen};
 use tokio::task::JoinHandle;
 
 use crate::private_file;
 use crate::rooms::wall_ms;
-use crate::settings::AcmeSettings;
+use crate::settings::{AcmeChallenge, AcmeSettings};
 
 /// The part of health that says how it goes.
 const PART: &str = "acme";
@@ -67,17 +70,23 @@ impl Challenges {
         *self.0.write().unwrap_or_else(PoisonError::into_inner) = shown;
     }
 
+    fn insert(&self, token: String, shown: String) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(token, shown);
+    }
+
     fn get(&self, token: &str) -> Option<String> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(token).cloned()
     }
 }
 
-/// A listener for the authority, for as long as this is held.
-struct Answering(JoinHandle<()>);
+/// A listener for the authority, for as long as this is held; none where it comes to that of the relay.
+struct Answering(Option<JoinHandle<()>>);
 
 impl Drop for Answering {
     fn drop(&mut self) {
-        self.0.abort();
+        if let Some(listening) = &self.0 {
+            listening.abort();
+        }
     }
 }
 
@@ -86,19 +95,25 @@ pub(crate) struct Acme {
     settings: AcmeSettings,
     folder: AcmeFolder,
     challenges: Challenges,
+    /// What to show to an authority that comes to the relay's port.
+    proofs: Proofs,
     telemetry: Telemetry,
 }
 
 impl Acme {
     /// Starts to answer the authority and to keep a certificate, unless another process does so; then this one takes over
-    /// when that ends. The task runs until it is aborted.
-    pub(crate) fn start(settings: AcmeSettings, folder: AcmeFolder) -> anyhow::Result<(Telemetry, JoinHandle<()>)> {
+    /// when that ends. With TLS-ALPN-01 the relay must show `proofs`. The task runs until it is aborted.
+    pub(crate) fn start(
+        settings: AcmeSettings,
+        folder: AcmeFolder,
+        proofs: Proofs,
+    ) -> anyhow::Result<(Telemetry, JoinHandle<()>)> {
         fs::create_dir_all(&folder.0).with_context(|| format!("cannot make {}", folder.0.display()))?;
         let path = folder.0.join("lock");
         let lock = File::create(&path).with_context(|| format!("cannot write {}", path.display()))?;
         let telemetry = Telemetry::default();
         let challenges = Challenges::default();
-        let acme = Self { settings, folder, challenges, telemetry: telemetry.clone() };
+        let acme = Self { settings, folder, challenges, proofs, telemetry: telemetry.clone() };
         // Who asks must be able to answer: better said at the start than later.
         let answering = match lock.try_lock() {
             Ok(()) => Some(acme.answer()?),
@@ -114,17 +129,20 @@ impl Acme {
 
     /// Listens for the authority.
     fn answer(&self) -> anyhow::Result<Answering> {
+        if self.settings.challenge == AcmeChallenge::TlsAlpn01 {
+            return Ok(Answering(None));
+        }
         let listener = listen::tcp("tls.acme.listen", self.settings.listen)?;
         let listener = WebListener::new(listener, None, None, MAX_CONNECTIONS)?;
         let routes = Router::new()
             .route("/.well-known/acme-challenge/{token}", get(show))
             .fallback(to_https)
             .with_state(self.challenges.clone());
-        Ok(Answering(tokio::spawn(async move {
+        Ok(Answering(Some(tokio::spawn(async move {
             if let Err(error) = axum::serve(listener, routes).await {
                 tracing::error!(%error, "the listener of tls.acme.listen has ended");
             }
-        })))
+        }))))
     }
 
     async fn run(self, lock: File, mut answering: Option<Answering>) {
@@ -169,6 +187,7 @@ impl Acme {
                 }
             }
             self.challenges.set(HashMap::new());
+            self.proofs.clear();
         }
     }
 
@@ -199,20 +218,32 @@ impl Acme {
             if authorization.status == AuthorizationStatus::Valid {
                 continue;
             }
-            let Some(mut challenge) = authorization.challenge(ChallengeType::Http01) else {
-                bail!("the certificate authority does not offer the challenge HTTP-01");
+            let kind = match self.settings.challenge {
+                AcmeChallenge::Http01 => ChallengeType::Http01,
+                AcmeChallenge::TlsAlpn01 => ChallengeType::TlsAlpn01,
             };
-            let (token, shown) = (challenge.token.clone(), challenge.key_authorization().as_str().to_owned());
-            self.challenges.0.write().unwrap_or_else(PoisonError::into_inner).insert(token, shown);
+            let Some(mut challenge) = authorization.challenge(kind) else {
+                bail!("the certificate authority does not offer the challenge of tls.acme.challenge");
+            };
+            let (token, shown) = (challenge.token.clone(), challenge.key_authorization());
+            match (self.settings.challenge, challenge.identifier().identifier) {
+                (AcmeChallenge::TlsAlpn01, Identifier::Dns(name)) => self.prove(name, shown.digest().as_ref())?,
+                _ => self.challenges.insert(token, shown.as_str().to_owned()),
+            }
             challenge.set_ready().await?;
         }
         let status = order.poll_ready(&RetryPolicy::default()).await?;
         if status != OrderStatus::Ready {
-            bail!(
-                "{}: is {} reachable from the internet at port 80 under each of the domains?",
-                self.refusal(&mut order).await,
-                self.settings.listen
-            );
+            let refusal = self.refusal(&mut order).await;
+            match self.settings.challenge {
+                AcmeChallenge::Http01 => bail!(
+                    "{refusal}: is {} reachable from the internet at port 80 under each of the domains?",
+                    self.settings.listen
+                ),
+                AcmeChallenge::TlsAlpn01 => {
+                    bail!("{refusal}: is the relay reachable from the internet at port 443 under each of the domains?")
+                }
+            }
         }
         let key = order.finalize().await?;
         let chain = order.poll_certificate(&RetryPolicy::default()).await?;
@@ -220,6 +251,16 @@ impl Acme {
         // Until both are there, services keep the old ones.
         write_privately(&key_file, key.as_bytes())?;
         write_privately(&cert, chain.as_bytes())
+    }
+
+    /// Has the relay show that a name is ours: a certificate with the digest of the key authorization in it (RFC 8737,
+    /// section 3).
+    fn prove(&self, name: &str, digest: &[u8]) -> anyhow::Result<()> {
+        let mut params = CertificateParams::new(vec![name.to_owned()])?;
+        params.custom_extensions = vec![CustomExtension::new_acme_identifier(digest)];
+        let key = KeyPair::generate()?;
+        let certificate = params.self_signed(&key)?;
+        Ok(self.proofs.show(name, certificate.into(), PrivateKeyDer::from(key))?)
     }
 
     /// Why the authority is not convinced, in its own words.
@@ -300,6 +341,7 @@ mod tests {
             },
             folder: AcmeFolder(folder.to_owned()),
             challenges: Challenges::default(),
+            proofs: Proofs::default(),
             telemetry: Telemetry::default(),
         }
     }
@@ -315,7 +357,7 @@ mod tests {
             listen: taken.local_addr().unwrap(),
             ..AcmeSettings::default()
         };
-        let start = || Acme::start(settings.clone(), AcmeFolder(folder.path().to_owned()));
+        let start = || Acme::start(settings.clone(), AcmeFolder(folder.path().to_owned()), Proofs::default());
         let (telemetry, task) = start().unwrap();
         assert_eq!(telemetry.health.parts()[PART], PartState::Ok, "the port is the other's, and so is the certificate");
         task.abort();

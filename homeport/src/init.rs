@@ -12,7 +12,7 @@ use rand::distr::Alphanumeric;
 use toml::Value;
 
 use crate::private_file;
-use crate::settings::{self, DEFAULT_FILE, SYSTEM_FILE, Settings};
+use crate::settings::{self, AcmeChallenge, DEFAULT_FILE, SYSTEM_FILE, Settings};
 
 /// The archive's folder, and that of the installed service (`deploy/systemd`).
 const DATA: &str = "homeport-data";
@@ -374,7 +374,7 @@ pub(crate) fn openings(settings: &Settings) -> Vec<Opening> {
     if !settings.relay.listen.ip().is_loopback() {
         list.push(of(settings.relay.listen.port(), "TCP", "relay and status page"));
     }
-    if let Some(acme) = settings.acme() {
+    if let Some(acme) = settings.acme().filter(|acme| acme.challenge == AcmeChallenge::Http01) {
         list.push(of(acme.listen.port(), "TCP", "the certificate authority"));
     }
     list.push(of(settings.turn.listen.port(), "UDP", "STUN and TURN"));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use rustls::pki_types::ServerName;
 use seed_peer::{CheckRoom, RelayKey};
-use service::{Cluster, MetricsServer, Telemetry};
+use service::{Cluster, MetricsServer, Proofs, Telemetry};
 use tokio::signal::unix::{SignalKind, signal};
 use turn_server::ProbeTransport;
 
@@ -21,7 +21,7 @@ use crate::probe::meeting::MeetingPlace;
 use crate::probe::{self, Tries, TurnLogin, TurnTries};
 use crate::reports::Reports;
 use crate::service_manager;
-use crate::settings::{OneOrMany, Settings};
+use crate::settings::{AcmeChallenge, OneOrMany, Settings};
 use crate::status::{Others, Reporter, Status};
 use crate::summary::{Summary, TurnSummary};
 use crate::turn_credentials::TurnCredentials;
@@ -75,9 +75,12 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         status.set_others(Others::new(&settings.metrics.others), settings.seed.data.clone());
     }
     let watching = status.watch();
-    let asking = match settings.acme().filter(|_| services.relay || services.turn) {
+    let proofs = Proofs::default();
+    let answers = |challenge| services.relay || (services.turn && challenge == AcmeChallenge::Http01);
+    let asking = match settings.acme().filter(|acme| answers(acme.challenge)) {
         Some(acme) => {
-            let (asked, task) = Acme::start(acme.clone(), AcmeFolder::in_data(&settings.seed.data))?;
+            let folder = AcmeFolder::in_data(&settings.seed.data);
+            let (asked, task) = Acme::start(acme.clone(), folder, proofs.clone())?;
             status.add(Some("certificate"), asked.clone());
             telemetry.push(asked);
             Some(task)
@@ -141,7 +144,9 @@ pub(crate) async fn run(services: Services, mut settings: Settings) -> anyhow::R
         }
         let routes = routes.merge(Arc::clone(&status).routes());
         let stun = turn.as_ref().map(turn_server::Server::stun_taker);
-        let server = relay::Server::bind(settings.relay(routes, &own_keys, cluster.clone(), stun)?).await?;
+        let proofs = settings.acme().map(|_| proofs);
+        let config = settings.relay(routes, &own_keys, cluster.clone(), stun, proofs)?;
+        let server = relay::Server::bind(config).await?;
         summary.relay = Some((server.address(), settings.relay_url()));
         server.served_rooms().set(&settings.check_room(), true);
         status.add(Some("relay"), server.telemetry().clone());

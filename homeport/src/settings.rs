@@ -22,8 +22,8 @@ use self::cluster::ClusterSettings;
 use self::relay::Admission;
 pub(crate) use self::relay::RelaySettings;
 pub(crate) use self::seed::{CellsSettings, SeedSettings, super_admins};
-pub(crate) use self::tls::AcmeSettings;
 use self::tls::TlsSettings;
+pub(crate) use self::tls::{AcmeChallenge, AcmeSettings};
 pub(crate) use self::turn::TurnSettings;
 
 /// The file that is read when it is there and no other is named.
@@ -327,7 +327,7 @@ mod tests {
                 Ok(settings) => settings
                     .turn(true)
                     .and_then(|_| settings.relay_key())
-                    .and_then(|key| settings.relay(axum::Router::new(), &[&key], None, None))
+                    .and_then(|key| settings.relay(axum::Router::new(), &[&key], None, None, None))
                     .and_then(|_| settings.cluster())
                     .and_then(|_| settings.other_turn_servers())
                     .map(|_| ())

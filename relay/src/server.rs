@@ -14,8 +14,8 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::serve::ListenerExt as _;
 use service::{
-    BindError, Certificate, Cluster, Health, Origin, StunTaker, Telemetry, TlsError, TlsFiles, WebListener, WebTls,
-    listen,
+    BindError, Certificate, Cluster, Health, Origin, Proofs, StunTaker, Telemetry, TlsError, TlsFiles, WebListener,
+    WebTls, listen,
 };
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -90,6 +90,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The certificate for clients that begin with TLS; those that do not are served as well, on the same port.
     pub tls: Option<TlsFiles>,
+    /// What a certificate authority is shown that asks at the relay's port, if it does.
+    pub proofs: Option<Proofs>,
     /// Takes clients of TURN that come to the relay's port, with TLS or without.
     pub stun: Option<StunTaker>,
     /// What a client may ask.
@@ -123,6 +125,7 @@ impl Config {
         Self {
             listen,
             tls: None,
+            proofs: None,
             stun: None,
             limits: Limits::default(),
             rates: Rates::default(),
@@ -259,7 +262,9 @@ impl Server {
         let service = router.into_make_service_with_connect_info::<SocketAddr>();
         let tls = match &certificate {
             Some(certificate) => {
-                Some(WebTls { config: certificate.server_config()?, handshakes: relay.metrics.tls_handshakes.clone() })
+                let proofs = config.proofs.as_ref().map(Proofs::server_config).transpose()?;
+                let handshakes = relay.metrics.tls_handshakes.clone();
+                Some(WebTls { config: certificate.server_config()?, proofs, handshakes })
             }
             None => None,
         };

@@ -18,5 +18,5 @@ pub use listen::BindError;
 pub use metrics::{MetricsServer, Telemetry};
 pub use origin::Origin;
 pub use recent::RecentSet;
-pub use tls::{Certificate, TlsError, TlsFiles};
+pub use tls::{Certificate, Proofs, TlsError, TlsFiles};
 pub use web_listener::{StunConnection, StunTaker, WebListener, WebTls};

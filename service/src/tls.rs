@@ -1,5 +1,6 @@
 //! The certificate that clients see, read again when its files change.
 
+use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
@@ -137,12 +138,16 @@ impl Certificate {
     /// # Errors
     /// [`TlsError::Unusable`], when the library refuses.
     pub fn server_config(self: &Arc<Self>) -> Result<Arc<ServerConfig>, TlsError> {
-        let config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_cert_resolver(Arc::new(Current(Arc::clone(self))));
-        Ok(Arc::new(config))
+        Ok(Arc::new(configured(Current(Arc::clone(self)))?))
     }
+}
+
+/// A configuration for TLS 1.2 and 1.3 with the certificates that `resolver` gives.
+fn configured(resolver: impl ResolvesServerCert + 'static) -> Result<ServerConfig, TlsError> {
+    Ok(ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(resolver)))
 }
 
 /// Gives each handshake the certificate that is current then.
@@ -152,6 +157,61 @@ struct Current(Arc<Certificate>);
 impl ResolvesServerCert for Current {
     fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         self.0.current()
+    }
+}
+
+/// Certificates that prove to a certificate authority who has a name (TLS-ALPN-01, RFC 8737). Nobody else is shown them.
+#[derive(Debug, Clone, Default)]
+pub struct Proofs(Arc<RwLock<HashMap<String, Arc<CertifiedKey>>>>);
+
+impl Proofs {
+    /// What an authority says that it speaks when it asks for a proof (RFC 8737, section 6.2).
+    const PROTOCOL: &[u8] = b"acme-tls/1";
+
+    /// Shows `certificate`, whose private key is `key`, to an authority that asks for `name`.
+    ///
+    /// # Errors
+    /// [`TlsError::Unusable`], when the two cannot be used.
+    pub fn show(
+        &self,
+        name: &str,
+        certificate: CertificateDer<'static>,
+        key: PrivateKeyDer<'static>,
+    ) -> Result<(), TlsError> {
+        let key = aws_lc_rs::sign::any_supported_type(&key)?;
+        // Whether the two match is not looked at: those who would look refuse what is new to them and marked as critical,
+        // and a proof is (RFC 8737, section 3).
+        let certified = CertifiedKey::new(vec![certificate], key);
+        let mut shown = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        shown.insert(name.to_ascii_lowercase(), Arc::new(certified));
+        Ok(())
+    }
+
+    /// Shows nothing any more.
+    pub fn clear(&self) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    /// Whether a client asks for a proof.
+    pub(crate) fn are_asked_for(hello: &ClientHello<'_>) -> bool {
+        hello.alpn().is_some_and(|mut protocols| protocols.any(|protocol| protocol == Self::PROTOCOL))
+    }
+
+    /// A configuration for handshakes in which one is asked for.
+    ///
+    /// # Errors
+    /// [`TlsError::Unusable`], when the library refuses.
+    pub fn server_config(&self) -> Result<Arc<ServerConfig>, TlsError> {
+        let mut config = configured(self.clone())?;
+        config.alpn_protocols = vec![Self::PROTOCOL.to_vec()];
+        Ok(Arc::new(config))
+    }
+}
+
+impl ResolvesServerCert for Proofs {
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let name = hello.server_name()?.to_ascii_lowercase();
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&name).cloned()
     }
 }
 

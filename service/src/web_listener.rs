@@ -12,15 +12,17 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use prometheus::IntCounterVec;
+use rustls::server::Acceptor;
 use rustls::{ServerConfig, ServerConnection};
-use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncBufReadExt as _, AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinHandle;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use crate::origin::Origin;
+use crate::tls::Proofs;
 
 /// How long a client may take until it has said something, and TLS stands.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ const EXHAUSTED: Duration = Duration::from_millis(100);
 pub struct WebTls {
     /// The certificate, and what goes with it.
     pub config: Arc<ServerConfig>,
+    /// The same for a certificate authority that asks for a proof, see [`Proofs`].
+    pub proofs: Option<Arc<ServerConfig>>,
     /// Counts handshakes, by `ok` and `failed`.
     pub handshakes: IntCounterVec,
 }
@@ -199,7 +203,7 @@ async fn accept(
     }
 }
 
-/// The connection once its client has said something; `None` when it was handed on.
+/// The connection once its client has said something; `None` when it was handed on, or wanted no more.
 async fn begin(stream: TcpStream, client: SocketAddr, speaks: &Speaks) -> io::Result<Option<Io>> {
     // A small message must not wait for the acknowledgement of the one before it.
     stream.set_nodelay(true)?;
@@ -213,9 +217,9 @@ async fn begin(stream: TcpStream, client: SocketAddr, speaks: &Speaks) -> io::Re
         take(StunConnection { socket: stream.into_std()?, tls: None, client });
         return Ok(None);
     };
-    let accepted = TlsAcceptor::from(Arc::clone(&tls.config)).accept(stream).await;
-    tls.handshakes.with_label_values(&[if accepted.is_ok() { "ok" } else { "failed" }]).inc();
-    let mut stream = accepted?;
+    let secured = secure(stream, tls).await;
+    tls.handshakes.with_label_values(&[if secured.is_ok() { "ok" } else { "failed" }]).inc();
+    let Some(mut stream) = secured? else { return Ok(None) };
     // Only where it makes a difference: a browser may connect ahead of what it has to say.
     if speaks.stun.is_some()
         && let Some(StunTaker(take)) = taker(stream.fill_buf().await?.first())
@@ -225,6 +229,18 @@ async fn begin(stream: TcpStream, client: SocketAddr, speaks: &Speaks) -> io::Re
         return Ok(None);
     }
     Ok(Some(Io::Tls(Box::new(stream))))
+}
+
+/// The connection behind its TLS handshake; `None` when that was all that an authority wanted.
+async fn secure(stream: TcpStream, tls: &WebTls) -> io::Result<Option<TlsStream<TcpStream>>> {
+    let start = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+    match tls.proofs.as_ref().filter(|_| Proofs::are_asked_for(&start.client_hello())) {
+        None => start.into_stream(Arc::clone(&tls.config)).await.map(Some),
+        Some(proofs) => {
+            start.into_stream(Arc::clone(proofs)).await?.shutdown().await?;
+            Ok(None)
+        }
+    }
 }
 
 /// A connection that has begun.
@@ -295,7 +311,7 @@ impl AsyncWrite for WebStream {
 mod tests {
     use axum::Router;
     use axum::serve::ListenerExt as _;
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::io::AsyncReadExt as _;
 
     use super::*;
 
@@ -332,8 +348,9 @@ mod tests {
             .with_no_client_auth();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let listener =
-            WebListener::new(listener, Some(WebTls { config, handshakes }), stun, 10).unwrap().tap_io(|_| ());
+        let listener = WebListener::new(listener, Some(WebTls { config, proofs: None, handshakes }), stun, 10)
+            .unwrap()
+            .tap_io(|_| ());
         let routes = Router::new().route("/", axum::routing::get(|| async { "here" }));
         tokio::spawn(async move { axum::serve(listener, routes).await });
         (address, Arc::new(client).into())

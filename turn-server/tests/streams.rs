@@ -103,6 +103,7 @@ async fn clients_that_came_to_the_port_of_another_service_are_served_as_any_othe
     let address = listener.local_addr().unwrap();
     let tls = WebTls {
         config: Certificate::load(files).unwrap().server_config().unwrap(),
+        proofs: None,
         handshakes: prometheus::IntCounterVec::new(prometheus::Opts::new("handshakes", "Of the web."), &["result"])
             .unwrap(),
     };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use seed_peer::RelayKey;
 use serde::{Deserialize, Serialize};
 use service::settings::SettingsError;
-use service::{Cluster, StunTaker};
+use service::{Cluster, Proofs, StunTaker};
 
 use super::{Settings, everywhere};
 use crate::status;
@@ -117,6 +117,7 @@ impl Settings {
         own: &[&RelayKey],
         cluster: Option<Cluster>,
         stun: Option<StunTaker>,
+        proofs: Option<Proofs>,
     ) -> Result<relay::Config, SettingsError> {
         let admission = match self.relay.admission {
             Admission::Open => relay::Admission::Open,
@@ -148,6 +149,7 @@ impl Settings {
         Ok(relay::Config {
             listen: self.relay.listen,
             tls: self.tls_files()?,
+            proofs,
             stun,
             limits,
             rates,

@@ -23,6 +23,17 @@ pub(super) struct TlsSettings {
     pub(super) acme: AcmeSettings,
 }
 
+/// How a certificate authority is convinced.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum AcmeChallenge {
+    /// RFC 8555, section 8.3.
+    #[serde(rename = "http-01")]
+    Http01,
+    /// RFC 8737.
+    #[serde(rename = "tls-alpn-01")]
+    TlsAlpn01,
+}
+
 /// `[tls.acme]`
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -33,7 +44,10 @@ pub(crate) struct AcmeSettings {
     pub(crate) email: Option<String>,
     /// The certificate authority's directory; Let's Encrypt's without it.
     pub(crate) directory: String,
-    /// Where to answer the certificate authority, which asks at port 80 of each domain.
+    /// How the certificate authority is convinced: `"http-01"`, by what it gets at port 80 of each domain; `"tls-alpn-01"`,
+    /// by what the relay shows at port 443, where it must be.
+    pub(crate) challenge: AcmeChallenge,
+    /// Where to answer at port 80.
     pub(crate) listen: SocketAddr,
     /// The root of the certificate authority's own certificate, in PEM, if this machine does not know it.
     pub(crate) ca: Option<PathBuf>,
@@ -45,6 +59,7 @@ impl Default for AcmeSettings {
             domains: Vec::new(),
             email: None,
             directory: instant_acme::LetsEncrypt::Production.url().to_owned(),
+            challenge: AcmeChallenge::Http01,
             listen: everywhere(80),
             ca: None,
         }
