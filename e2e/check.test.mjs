@@ -56,6 +56,18 @@ test('with everything up, everything works', async () => {
   assert.match(report, /TURN over UDP: works\nTURN over TCP: works\nTURN over TLS: not offered/);
 });
 
+test('a page whose script got lost on the way says what to do', async () => {
+  const context = await browser.newContext();
+  const page = await context.newPage();
+  // As where a phone goes from one network to another while it loads.
+  await page.route('**/*.js', route => route.abort('connectionfailed'));
+  for (const path of ['/check', '/']) {
+    await page.goto(`${homeport.httpUrl}${path}`);
+    assert.match(await page.textContent('#verdict'), /load this page again/);
+  }
+  await context.close();
+});
+
 test('where UDP does not get through, TCP is said to', async () => {
   const port = await freePort();
   const { steps, verdict, advice } = await check('no-udp', told(config => ({

@@ -74,6 +74,20 @@ class Site {
     await ip(`-n ${router} route add default via ${SERVER}`);
     await run('ip', ['netns', 'exec', router, 'sysctl', '-qw', 'net.ipv4.ip_forward=1', 'net.ipv6.conf.all.forwarding=1']);
     await this.become(kind);
+    await this.settled();
+  }
+
+  /**
+   * The kernel gives a device its link-local address a second or two after it is up. A browser takes that for a change of
+   * networks and drops what it is loading (`ERR_NETWORK_CHANGED`): none may start before.
+   */
+  async settled() {
+    for (;;) {
+      const { stdout } = await ip(`-n ${this.client} -j addr show dev eth0`);
+      const [{ operstate, addr_info: addresses }] = JSON.parse(stdout);
+      if (operstate === 'UP' && addresses.some(({ scope, tentative }) => scope === 'link' && !tentative)) return;
+      await new Promise(done => setTimeout(done, 20));
+    }
   }
 
   /** Sets the router up as of another kind, of the same address families, and forgets what it knew of connections. */
@@ -213,6 +227,8 @@ export class Lab {
 
   async namespace(name) {
     await ip(`netns add ${name}`);
+    // Nobody else can have an address here: there is no need to wait for who objects.
+    await run('ip', ['netns', 'exec', name, 'sysctl', '-qw', 'net.ipv6.conf.default.accept_dad=0', 'net.ipv6.conf.all.accept_dad=0']);
     await ip(`-n ${name} link set lo up`);
   }
 
