@@ -28,7 +28,7 @@ struct Cli {
     #[arg(long, default_value = "turnserver")]
     coturn: PathBuf,
     /// Runs of each shape, of which the medians are shown
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 5)]
     runs: usize,
     /// Run only shapes whose name contains this
     #[arg(long, default_value = "")]
@@ -82,12 +82,25 @@ impl Server {
         let process = Process::start(command.current_dir(folder.path()))?;
         let deadline = Instant::now() + Duration::from_secs(20);
         // It tells nothing when it listens: it can only be asked.
-        while TcpStream::connect(address).is_err() || TcpStream::connect(tls_address).is_err() {
+        while TcpStream::connect(address).is_err() || TcpStream::connect(tls_address).is_err() || !answers(address) {
             anyhow::ensure!(Instant::now() < deadline, "{} does not listen", contender.name());
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(Self { process, address, tls_address, _folder: folder })
     }
+}
+
+/// Whether a Binding request over UDP is answered.
+fn answers(address: SocketAddr) -> bool {
+    const BINDING: [u8; 20] = *b"\x00\x01\x00\x00\x21\x12\xa4\x42twelve bytes";
+    let ask = || {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+        socket.set_read_timeout(Some(Duration::from_millis(200)))?;
+        socket.connect(address)?;
+        socket.send(&BINDING)?;
+        socket.recv(&mut [0; 512])
+    };
+    ask().is_ok()
 }
 
 fn homeport(binary: &Path, address: SocketAddr, tls: SocketAddr, cert: &Path, key: &Path, folder: &Path) -> Command {

@@ -4,7 +4,7 @@
 use std::time::{Duration, Instant};
 
 /// How long a rest is, and by how much a packet may come later; the system's timers add about half as much.
-const REST: Duration = Duration::from_micros(100);
+const REST: Duration = Duration::from_micros(200);
 /// How often it is decided anew.
 const PERIOD: Duration = Duration::from_millis(100);
 /// Packets a second of one thread from which a rest brings some together at all: calls of a few people never wait.
