@@ -4,15 +4,17 @@ import assert from 'node:assert/strict';
 import { execFile, spawn } from 'node:child_process';
 import { mkdir, mkdtemp, open, readFile, rm, writeFile } from 'node:fs/promises';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import { once } from 'node:events';
 import { after, before, test } from 'node:test';
+import { fileURLToPath } from 'node:url';
 import { promisify } from 'node:util';
 import { binary } from './lib/homeport.mjs';
 import { unable } from './nat/lab.mjs';
 
 const run = promisify(execFile);
 const [HOST, ADDRESS, ELSEWHERE] = ['relay.homeport.test', '45.79.10.10', '45.79.10.99'];
+const httpProxy = join(dirname(fileURLToPath(import.meta.url)), 'lib', 'http-proxy.mjs');
 const namespace = `homeport-doctor-${process.pid}`;
 const reason = unable();
 if (reason) console.log(`homeport check on a machine of its own: skipped, ${reason}`);
@@ -101,7 +103,7 @@ test('what init writes works, and the doctor says so', options, async () => {
   const bad = findings.filter(({ verdict, what }) => verdict !== 'ok' && what !== 'backups');
   assert.deepEqual(bad, []);
   for (const what of [`name ${HOST}`, 'relay, from here', `relay, as wss://${HOST}`, 'certificate of the relay', 'certificate of TURN',
-    'TURN over UDP', 'TURN over TCP', 'TURN over TLS', 'link with the seed', 'disk', 'clock', 'archive']) {
+    'TURN over UDP', 'TURN over TCP', 'TURN over TLS', "TURN over TLS, at the relay's port", 'link with the seed', 'disk', 'clock', 'archive']) {
     assert.ok(findings.some(finding => finding.what === what && finding.verdict === 'ok'), `${what} in ${JSON.stringify(findings)}`);
   }
   assert.ok(!JSON.stringify(findings).includes((await readFile(file('homeport.toml'), 'utf8')).match(/secret = "(.*)"/)[1]), 'no secrets');
@@ -135,6 +137,24 @@ for (const [what, protocol, ports, expected] of [
     assert.match(`${found} ${advice}`, /firewall/);
   }));
 }
+
+test('what speaks HTTP alone before the relay, so that TURN at its port does not get through, is named', options, async () => {
+  const proxy = spawn('ip', ['netns', 'exec', namespace, process.execPath, httpProxy, file('cert.pem'), file('key.pem'), '8443', '443'],
+    { stdio: ['ignore', 'pipe', 'inherit'] });
+  const ended = once(proxy, 'exit');
+  const rule = ['OUTPUT', '-d', ADDRESS, '-p', 'tcp', '--dport', '443', '-j', 'REDIRECT', '--to-ports', '8443'];
+  try {
+    await once(proxy.stdout, 'data');
+    await there('iptables', '-t', 'nat', '-I', ...rule);
+    const { findings, failures } = await check();
+    assert.deepEqual(failures, ["TURN over TLS, at the relay's port"]);
+    assert.match(findings.find(({ what }) => what === failures[0]).advice, /HTTP alone.*turn\.host/);
+    await there('iptables', '-t', 'nat', '-D', ...rule);
+  } finally {
+    proxy.kill();
+    await ended;
+  }
+});
 
 test('a name that leads nowhere, or elsewhere, is named', options, async () => {
   try {

@@ -22,6 +22,8 @@ use crate::turn_secret;
 
 /// A certificate that ends sooner should have been renewed long ago.
 const ENDS_SOON: Duration = Duration::from_secs(14 * 86_400);
+/// What apps are told of where the relay is on port 443.
+const AT_THE_RELAY: &str = "TURN over TLS, at the relay's port";
 /// Fewer clocks of clients say nothing about ours; some are the machine's own, which tries its services out.
 const ENOUGH_CLOCKS: f64 = 5.0;
 
@@ -47,6 +49,7 @@ pub(super) async fn ask(settings: &Settings, asked: impl Fn(Service) -> bool) ->
     };
     let local = place(own_url(settings.relay.listen));
     let mut meets = None;
+    let mut relay_is_reached = false;
     if asked(Service::Relay) {
         let here = relay("relay, from here", local.clone()).await;
         let is_up = here.advice.is_none();
@@ -56,7 +59,9 @@ pub(super) async fn ask(settings: &Settings, asked: impl Fn(Service) -> bool) ->
         }
         if let Some(url) = settings.relay_url() {
             let what = format!("relay, as {}", url.escape_debug());
-            findings.push(relay(&what, place(url)).await);
+            let through_it = relay(&what, place(url)).await;
+            relay_is_reached = through_it.advice.is_none();
+            findings.push(through_it);
         }
         findings.extend(certificates(settings, Arc::clone(&tls)).await);
         findings.extend(clocks(settings).await);
@@ -64,7 +69,7 @@ pub(super) async fn ask(settings: &Settings, asked: impl Fn(Service) -> bool) ->
         meets = settings.seed.relays.first().cloned().or_else(|| settings.relay_url()).map(place);
     }
     if asked(Service::Turn) {
-        findings.extend(turn(settings).await?);
+        findings.extend(turn(settings, relay_is_reached).await?);
     }
     if asked(Service::Seed) {
         findings.push(seed(settings, meets).await);
@@ -195,7 +200,8 @@ async fn handshake(
     }
 }
 
-async fn turn(settings: &Settings) -> anyhow::Result<Vec<Finding>> {
+/// `relay_is_reached`: by the address that apps are told of, so that TURN at its port ought to be, too.
+async fn turn(settings: &Settings, relay_is_reached: bool) -> anyhow::Result<Vec<Finding>> {
     let place = settings.turn_place().await?;
     let host = settings.turn.host.clone().or_else(|| settings.host().map(str::to_owned));
     let login = match settings.turn_credentials() {
@@ -224,11 +230,15 @@ async fn turn(settings: &Settings) -> anyhow::Result<Vec<Finding>> {
     if let Some(port) = place.tls_port {
         // Certificates have findings of their own.
         let name = ServerName::try_from(host.clone().unwrap_or_else(|| "localhost".into()))?;
-        transports.push((
-            "TURN over TLS",
-            SocketAddr::new(ip, port),
-            ProbeTransport::Tls(probe::any_certificate(), name),
-        ));
+        let tls = ProbeTransport::Tls(probe::any_certificate(), name);
+        transports.push(("TURN over TLS", SocketAddr::new(ip, port), tls.clone()));
+        // Where relay and TURN are processes of their own, the relay's port takes no clients of TURN, nor are apps told so.
+        if let Some(told) = settings.turn_tls_port(Some(port)).filter(|told| *told != port)
+            && relay_is_reached
+            && tries.echo(own_address(settings.relay.listen), tls.clone()).await.is_ok()
+        {
+            transports.push((AT_THE_RELAY, SocketAddr::new(ip, told), tls));
+        }
     }
     let mut findings = Vec::new();
     for (what, server, transport) in transports {
@@ -246,7 +256,9 @@ async fn turn(settings: &Settings) -> anyhow::Result<Vec<Finding>> {
 }
 
 fn advice_for_turn(error: &str, what: &str, server: SocketAddr) -> String {
-    if error.contains("(401)") {
+    if what == AT_THE_RELAY {
+        "what stands before the relay speaks HTTP alone: have it pass connections on as they are, or set turn.host to a name that leads here past it".to_owned()
+    } else if error.contains("(401)") {
         "relay and TURN server have different secrets: give them one turn.secret, or one seed.data".to_owned()
     } else if error.contains("relayed address") {
         "turn.external_ip is not the public address of this machine, the ports of turn.relay_ports are closed in the firewall, or the NAT in front does not let a machine reach its own public address (then only an outsider can tell: open /check from another network)".to_owned()
