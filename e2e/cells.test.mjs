@@ -36,8 +36,21 @@ function suite({ name: client, module, skip }) {
     }
     const close = page => page.context().close();
     const metric = (name, room) => homeport.metric(name, `room="${room}"`);
-    const holds = (page, count) =>
-      until(page, `${count} nodes`, async wanted => await window.count() === wanted, count);
+    async function holds(page, count) {
+      try {
+        await until(page, `${count} nodes`, async wanted => await window.count() === wanted, count);
+      } catch (error) {
+        // Who is missing what, and where it takes itself and others to be, says why.
+        const view = await page.evaluate(async () => {
+          const { cells, peers } = window.db.graph ?? {};
+          return {
+            nodes: (await window.nodes()).map(([id]) => id), cell: cells?.topology.cellOf.get(window.db.graph.id),
+            sealed: cells && [...cells.topology.cellOf], roster: cells?.roster.size, links: peers && [...peers.keys()],
+          };
+        });
+        throw new Error(`${error.message}\n${JSON.stringify(view)}\nthe seed: ${homeport.log}`);
+      }
+    }
 
     async function reaches(name, room, wanted) {
       const deadline = Date.now() + 45_000;

@@ -6,7 +6,9 @@
 //! peer on the channel of that peer's own cell, which it always listens to. What was seen is dropped, so that costs
 //! a frame at most.
 
-use std::collections::HashMap;
+mod claims;
+
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -19,6 +21,7 @@ use genosdb::{CellIndex, ChannelName, Json, PeerId, Topology};
 use serde::{Deserialize, Serialize};
 use service::RecentSet;
 
+use self::claims::Claims;
 use crate::links::LinkId;
 use crate::rooms::CellStatus;
 use crate::roster::Roster;
@@ -84,8 +87,7 @@ pub(crate) struct Cells {
     repicked: Option<Instant>,
     /// When ids are to be looked for that a seal left out.
     unfinished: Option<Instant>,
-    /// The cell that a linked peer said it is in, and when.
-    claims: HashMap<PeerId, (CellIndex, Instant)>,
+    claims: Claims,
     seen: Seen,
     postmark: Postmark,
 }
@@ -107,7 +109,7 @@ impl Cells {
             settles: None,
             repicked: None,
             unfinished: None,
-            claims: HashMap::new(),
+            claims: Claims::default(),
             seen: Seen::default(),
             postmark: Postmark::default(),
         }
@@ -141,7 +143,13 @@ impl Cells {
 
     /// When there is something to do besides sealing.
     pub(crate) fn next_tick(&self) -> Option<Instant> {
-        self.unfinished.into_iter().chain(self.settles).min()
+        self.unfinished.into_iter().chain(self.settles).chain(self.claims.next_tick()).min()
+    }
+
+    /// Peers that have dropped what they were sent, since they were in another cell than we had them in; each is handed out
+    /// once, a moment after it has said so.
+    pub(crate) fn strays(&mut self, now: Instant) -> HashSet<PeerId> {
+        self.claims.strays(now)
     }
 
     /// Whether the topology has just settled: true once after the last of several seals.
@@ -288,24 +296,15 @@ impl Cells {
         self.topology.is_bridge(us) || may_be_elected
     }
 
-    /// The channel on which `peer` listens: that of its own cell, as it said itself since the last seal, or as the
-    /// topology has it.
-    pub(crate) fn channel_to(&self, peer: &PeerId) -> ChannelName {
+    /// The channels of the cells in one of which `peer` listens: that which the topology has it in, or will, and that which
+    /// it said itself since the last seal. Who says another cell than ours may join ours at its next seal, and then says
+    /// nothing until it has something to say: so it is sent what there is on both, and drops one of them.
+    pub(crate) fn channels_to(&self, peer: &PeerId) -> impl Iterator<Item = ChannelName> + use<> {
         let known = self.topology.cell_of(peer);
-        let is_credible = |(cell, at): &&(CellIndex, Instant)| match known {
-            // Who is in the topology may have sealed another since, but not one with a cell that is not there.
-            Some(_) => self.sealed.is_some_and(|since| *at >= since) && (cell.0 as usize) < self.total_cells(),
-            None => true,
-        };
-        let claimed = self.claims.get(peer).filter(is_credible);
-        let cell = match (claimed, known) {
-            (Some((cell, _)), _) => *cell,
-            (None, Some(cell)) => cell,
-            (None, None) => {
-                self.cell_to_be(peer).and_then(|cell| u32::try_from(cell).ok()).map_or(CellIndex(0), CellIndex)
-            }
-        };
-        cell.channel()
+        let to_be = || self.cell_to_be(peer).and_then(|cell| u32::try_from(cell).ok()).map_or(CellIndex(0), CellIndex);
+        let ours = known.unwrap_or_else(to_be);
+        let claimed = self.claims.of(peer, self.sealed.filter(|_| known.is_some())).filter(|cell| *cell != ours);
+        [Some(ours), claimed].into_iter().flatten().map(CellIndex::channel)
     }
 
     /// Whether `us` is in the very cell of `peer`: of several links to a peer, that one is taken.
@@ -319,7 +318,8 @@ impl Cells {
             // Nobody is in a cell so far out; whoever says so is not to make us remember each of its channels.
             && u64::from(cell.0) < 2 * self.topology.total_cells() as u64 + 16
         {
-            self.claims.insert(from, (cell, now));
+            let is_news = !self.channels_to(&from).any(|channel| channel == cell.channel());
+            self.claims.take(from, cell, is_news, now);
         }
         let new = self.seen.insert(envelope.id.as_printed());
         (new && !self.ours.contains(&envelope.origin)).then_some(envelope)
@@ -327,7 +327,7 @@ impl Cells {
 
     /// The last link to `peer` has ended.
     pub(crate) fn unlinked(&mut self, peer: &PeerId) {
-        self.claims.remove(peer);
+        self.claims.forget(peer);
     }
 
     /// A message of the seed's own, to everybody.
@@ -370,6 +370,58 @@ mod simulation;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::signalling::RelayIndex;
+
+    fn peer(number: u32) -> PeerId {
+        PeerId::parse(&format!("{number:020}")).unwrap()
+    }
+
+    /// Something that `origin` says, being in `cell`.
+    fn said(origin: PeerId, cell: CellIndex, sequence: u32) -> Envelope {
+        let ids = format!(r#""id":"{origin}:x:{sequence}","origin":"{origin}","originCell":"{cell}""#);
+        Envelope::parse(&format!(r#"{{"t":"msg","ttl":3,"data":{{"_ch":"chat","_d":1}},{ids}}}"#)).unwrap()
+    }
+
+    #[test]
+    fn who_says_another_cell_than_ours_is_sent_what_there_is_on_both_and_anew_what_it_dropped() {
+        let start = Instant::now();
+        let mut cells = Cells::new(CellsConfig { cell_size: 3, bridge: Bridge::One }, peer(1_000));
+        let mut roster = Roster::new(start);
+        for number in 0..12 {
+            roster.heard(peer(number), RelayIndex(0), start);
+        }
+        cells.seal(&roster, start);
+        let home = |cells: &Cells, peer: &PeerId| cells.topology.cell_of(peer).unwrap();
+        let late = (0..12).map(peer).find(|peer| home(&cells, peer) != CellIndex(0)).unwrap();
+        let cell = home(&cells, &late);
+        let to = |cells: &Cells| cells.channels_to(&late).collect::<Vec<_>>();
+        assert_eq!(to(&cells), [cell.channel()]);
+
+        // It is here already, but has not sealed anything: like everybody alone, it is in the first.
+        let now = start + Duration::from_millis(500);
+        assert!(cells.receive(late, said(late, CellIndex(0), 1), now).is_some());
+        assert_eq!(to(&cells), [cell.channel(), CellIndex(0).channel()]);
+        assert!(cells.strays(now).is_empty());
+        // That it is where it was told already is no news, nor is what it says of others.
+        let other = (0..12).map(peer).find(|other| home(&cells, other) == CellIndex(0)).unwrap();
+        assert!(cells.receive(other, said(other, CellIndex(0), 1), now).is_some());
+        assert!(cells.receive(late, said(peer(5_000), CellIndex(2), 1), now).is_some());
+        let mends = cells.next_tick().unwrap();
+        assert_eq!(cells.strays(mends), HashSet::from([late]));
+        assert!(cells.strays(mends + Duration::from_secs(60)).is_empty(), "once");
+
+        assert!(cells.receive(late, said(late, cell, 2), mends).is_some());
+        assert_eq!(to(&cells), [cell.channel()]);
+        // A larger roster than ours has cells that ours has not.
+        let beyond = CellIndex(u32::try_from(cells.total_cells()).unwrap() + 1);
+        assert!(cells.receive(late, said(late, beyond, 3), mends).is_some());
+        assert_eq!(to(&cells), [cell.channel(), beyond.channel()]);
+        // After a seal everybody seals.
+        cells.seal(&roster, mends + Duration::from_secs(1));
+        assert_eq!(to(&cells), [home(&cells, &late).channel()]);
+        cells.unlinked(&late);
+        assert!(cells.strays(mends + Duration::from_secs(60)).is_empty(), "it is gone");
+    }
 
     #[test]
     fn a_topology_settles_once_after_the_last_of_several_seals() {

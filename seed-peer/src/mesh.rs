@@ -227,6 +227,7 @@ impl Mesh {
         let is_unfinished = room.cells.as_ref().is_some_and(|cells| cells.is_unfinished(now));
         // Where somebody comes or goes, another seal follows.
         let has_settled = !is_due && room.cells.as_mut().is_some_and(|cells| cells.has_settled(now));
+        let strays = room.cells.as_mut().map(|cells| cells.strays(now)).unwrap_or_default();
         for (us, actions) in actions {
             self.act(now, id, us, actions);
         }
@@ -248,7 +249,9 @@ impl Mesh {
         }
         if has_settled {
             self.ask_around(id);
-            self.bring_up_to_date(id);
+            self.bring_up_to_date(now, id, |_| true);
+        } else if !strays.is_empty() {
+            self.bring_up_to_date(now, id, |peer| strays.contains(peer));
         }
         self.prune(id, now);
         self.count_presence(id);

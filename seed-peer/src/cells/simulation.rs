@@ -47,7 +47,7 @@ fn cells_of(us: PeerId, cell_size: usize, topology: Arc<Topology>) -> Cells {
         settles: None,
         repicked: None,
         unfinished: None,
-        claims: HashMap::new(),
+        claims: super::Claims::default(),
         seen: super::Seen::default(),
         postmark: genosdb::envelope::Postmark::default(),
     }

@@ -151,7 +151,12 @@ impl Mesh {
         };
         let Some(room) = self.state.rooms.get_mut(&id) else { return };
         let Some(cells) = &mut room.cells else { return };
-        let Some(envelope) = cells.receive(from, envelope, now) else {
+        let before = cells.next_tick();
+        let envelope = cells.receive(from, envelope, now);
+        if cells.next_tick() != before {
+            self.schedule(id, now);
+        }
+        let Some(envelope) = envelope else {
             self.metrics.cell_messages.with_label_values(&["seen"]).inc();
             return;
         };
@@ -208,8 +213,10 @@ impl Mesh {
                 *best = (us, link);
             }
         }
-        let targets: Vec<(ChannelName, LinkId)> =
-            targets.into_iter().map(|(peer, (_, link))| (cells.channel_to(&peer), link)).collect();
+        let targets: Vec<(ChannelName, LinkId)> = targets
+            .into_iter()
+            .flat_map(|(peer, (_, link))| cells.channels_to(&peer).map(move |on| (on, link)))
+            .collect();
         let Some((first, _)) = targets.first() else { return };
         let message = Message::new(*first, content);
         let counted = u64::try_from(targets.len()).unwrap_or(u64::MAX);
@@ -308,22 +315,22 @@ impl Mesh {
         }
     }
 
-    /// Sends each linked peer what came since it was last sent something. What crossed between cells while rosters differed
-    /// was dropped by who took itself to be in another; this comes on the link itself, and counts whatever the cell.
-    pub(super) fn bring_up_to_date(&mut self, id: RoomId) {
+    /// Sends each linked peer that `is_meant` what came since it was last sent something. What crossed between cells while
+    /// rosters differed was dropped by who took itself to be in another; this comes on the link itself, and counts whatever
+    /// the cell.
+    pub(super) fn bring_up_to_date(&mut self, now: Instant, id: RoomId, is_meant: impl Fn(&PeerId) -> bool) {
         let Some(room) = self.state.rooms.get(&id).filter(|room| room.part == Part::Graph) else { return };
         // Several of our ids may be linked with a peer: it has what came over any of them.
         let mut peers: HashMap<PeerId, (u64, LinkId)> = HashMap::new();
-        for (_, peer, link) in room.links() {
+        for (_, peer, link) in room.links().filter(|(_, peer, _)| is_meant(peer)) {
             if let Some(sent) = self.state.owners.get(&link).and_then(|owner| owner.sent) {
                 let most = peers.entry(peer).or_insert((sent, link));
                 *most = (*most).max((sent, link));
             }
         }
-        for (sent, link) in peers.into_values().filter(|(sent, _)| *sent < room.logged) {
-            let known = Known { timestamp: room.latest, sent: Some(sent) };
-            self.archive.answer(room.archive, Asker::Link(link), known);
-        }
+        let logged = room.logged;
+        let behind = peers.into_values().filter(|(sent, _)| *sent < logged).map(|(_, link)| link).collect();
+        self.catch_up(now, id, behind);
     }
 
     fn ask_archive(&mut self, now: Instant, asker: Asker, id: RoomId, known: Known) {
