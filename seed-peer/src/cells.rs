@@ -3,8 +3,8 @@
 //!
 //! Where clients and the seed disagree for a while on who is there, their topologies differ. So the seed is strict in
 //! what it builds, and lenient in what it takes: a frame counts whatever the channel it came on, and is sent to each
-//! peer on the channel of that peer's own cell, which it always listens to. What was seen is dropped, so that costs
-//! a frame at most.
+//! peer on the channel of that peer's own cell, which it always listens to; to one that says another cell, on both. What
+//! was seen is dropped, so that costs a frame at most.
 
 mod claims;
 

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use genosdb::{MemoryGraph, PeerId, Room};
+use genosdb::cells::HashedId;
+use genosdb::{CellIndex, MemoryGraph, PeerId, Room};
 use seed_peer::{Bridge, CellsConfig};
 
 use crate::client::{Client, PATIENCE, View, new_id};
@@ -21,6 +22,15 @@ fn join(relay: &str) -> (PeerId, Client) {
 fn join_room(relay: &str, room: &Room) -> (PeerId, Client) {
     let id = new_id();
     (id, Client::join_cells(relay, room, id, MemoryGraph::default(), CELL_SIZE))
+}
+
+fn join_as(relay: &str, id: PeerId) -> (PeerId, Client) {
+    (id, Client::join_cells(relay, &Room::graph_sync("my-app"), id, MemoryGraph::default(), CELL_SIZE))
+}
+
+/// An id that is in `cell` wherever there are `total` of them.
+fn id_in(cell: CellIndex, total: u32) -> PeerId {
+    std::iter::repeat_with(new_id).find(|id| HashedId::new(id).cell_among(total) == cell).unwrap()
 }
 
 /// The bridges that a client has elected, in a room of so many cells.
@@ -208,6 +218,39 @@ async fn what_was_lost_while_cells_changed_reaches_everybody_once_they_have_sett
         client.vanish();
     }
     counted(&seed, "homeport_seed_nodes", "my-app", 2.0).await;
+    seed.shutdown().await;
+    relay.shutdown().await;
+}
+
+#[tokio::test]
+async fn who_takes_itself_to_be_in_another_cell_lacks_nothing_once_it_has_said_so_or_is_back() {
+    let relay = relay().await;
+    let url = url(&relay);
+    let data = tempfile::tempdir().unwrap();
+    let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
+    // Three in each of two cells; the seed has an id in each.
+    let mut clients: Vec<(PeerId, Client)> =
+        (0..6).map(|index| join_as(&url, id_in(CellIndex(index % 2), 2))).collect();
+    settled(&mut clients, 2).await;
+    quiet(&mut clients).await;
+    let [(id, strayed), (_, writer), ..] = clients.as_mut_slice() else { unreachable!() };
+    assert_eq!(writer.view().topology.unwrap().cell_of(id), Some(CellIndex(0)));
+
+    strayed.stray(Some(CellIndex(1))).await;
+    writer.write("put dropped 1");
+    counted(&seed, "homeport_seed_nodes", "my-app", 1.0).await;
+    assert!(strayed.view().graph.get("dropped").is_none(), "it came on the channel of a cell that is not its own");
+    strayed.mesh_send(r#"{"here":1}"#);
+    strayed.until("what it has dropped", |view| view.graph.get("dropped").is_some()).await;
+    // What it has said is minded, and it need not say so when it is back.
+    writer.write("put elsewhere 1");
+    strayed.until("the node", |view| view.graph.get("elsewhere").is_some()).await;
+    strayed.stray(None).await;
+    writer.write("put home 1");
+    strayed.until("the node", |view| view.graph.get("home").is_some()).await;
+    for (_, client) in clients {
+        client.vanish();
+    }
     seed.shutdown().await;
     relay.shutdown().await;
 }

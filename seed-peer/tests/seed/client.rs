@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use genosdb::{MemoryGraph, PeerId, Room, Topology};
+use genosdb::{CellIndex, MemoryGraph, PeerId, Room, Topology};
 use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
 
@@ -43,6 +43,8 @@ pub(crate) struct View {
     pub(crate) topology: Option<Topology>,
     /// Peers that answered a ping over cells.
     pub(crate) ponged: Vec<PeerId>,
+    /// The cell that it takes itself to be in, other than the topology has it.
+    pub(crate) strays: Option<CellIndex>,
 }
 
 /// The nodes that somebody has served back to who wrote them.
@@ -63,6 +65,8 @@ enum Command {
     Stutter,
     /// Take itself for a bridge and for one of another cell.
     Lie,
+    /// Be in another cell than the others take it to be in, or in that again.
+    Stray(Option<CellIndex>),
     /// Have nothing to do with anybody but the seed.
     KeepToTheSeed,
     /// Have a clock that is off by so many milliseconds.
@@ -170,6 +174,13 @@ impl Client {
     /// From now on acts as a bridge that it is not, and says that it is in another cell.
     pub(crate) fn lie(&self) {
         self.commands.send(Command::Lie).unwrap();
+    }
+
+    /// From now on listens in another cell than its own, and says so when it speaks, as one that has sealed another roster;
+    /// `None` ends that.
+    pub(crate) async fn stray(&mut self, cell: Option<CellIndex>) {
+        self.commands.send(Command::Stray(cell)).unwrap();
+        self.until("the other cell", |view| view.strays == cell).await;
     }
 
     /// What the peer holds now.

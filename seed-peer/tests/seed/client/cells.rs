@@ -23,6 +23,7 @@ pub(super) struct CellsPeer {
     sequence: u64,
     pub(super) stutters: bool,
     pub(super) lies: bool,
+    pub(super) strays: Option<CellIndex>,
     /// What a stutterer still has to pass on.
     late: Vec<(PeerId, Envelope)>,
 }
@@ -40,6 +41,7 @@ impl CellsPeer {
             sequence: 0,
             stutters: false,
             lies: false,
+            strays: None,
             late: Vec::new(),
         }
     }
@@ -63,7 +65,7 @@ impl CellsPeer {
     pub(super) fn envelope(&mut self, kind: &str, data: &str) -> Envelope {
         self.sequence += 1;
         let (id, ttl) = (self.id, self.topology.ttl());
-        let cell = self.topology.cell_of(&id).unwrap();
+        let cell = self.strays.unwrap_or_else(|| self.topology.cell_of(&id).unwrap());
         let cell = if self.lies { CellIndex(cell.0 + 1) } else { cell };
         let text = format!(
             r#"{{"t":"{kind}","id":"{id}:x:{}","ttl":{ttl},"data":{data},"origin":"{id}","originCell":"{cell}"}}"#,
@@ -76,6 +78,9 @@ impl CellsPeer {
     fn channels(&self) -> Vec<CellIndex> {
         if self.lies {
             return (0..u32::try_from(self.topology.total_cells()).unwrap()).map(CellIndex).collect();
+        }
+        if let Some(cell) = self.strays {
+            return vec![cell];
         }
         self.topology.channels(&self.id)
     }

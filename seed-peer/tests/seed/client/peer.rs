@@ -138,6 +138,10 @@ impl Peer {
                     Some(Command::Pump(acknowledged)) => {
                         self.pump = Some(Pump { written: 0, asked: false, acknowledged });
                     }
+                    Some(Command::Stray(cell)) => {
+                        self.cells.as_mut().unwrap().strays = cell;
+                        self.view.strays = cell;
+                    }
                     Some(Command::Lie) => self.cells.as_mut().unwrap().lies = true,
                     Some(Command::Leave) | None => {
                         socket.send(sign(&keys, &root, &Signal::Bye { peer: self.id })).await.unwrap();
