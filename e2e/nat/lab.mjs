@@ -82,10 +82,12 @@ class Site {
    * networks and drops what it is loading (`ERR_NETWORK_CHANGED`): none may start before.
    */
   async settled() {
+    const deadline = Date.now() + 10_000;
     for (;;) {
       const { stdout } = await ip(`-n ${this.client} -j addr show dev eth0`);
       const [{ operstate, addr_info: addresses }] = JSON.parse(stdout);
       if (operstate === 'UP' && addresses.some(({ scope, tentative }) => scope === 'link' && !tentative)) return;
+      if (Date.now() > deadline) throw new Error(`the client's network does not come up: ${stdout}`);
       await new Promise(done => setTimeout(done, 20));
     }
   }
