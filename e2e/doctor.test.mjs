@@ -146,10 +146,13 @@ test('what speaks HTTP alone before the relay, so that TURN at its port does not
   try {
     await once(proxy.stdout, 'data');
     await there('iptables', '-t', 'nat', '-I', ...rule);
-    const { findings, failures } = await check();
-    assert.deepEqual(failures, ["TURN over TLS, at the relay's port"]);
-    assert.match(findings.find(({ what }) => what === failures[0]).advice, /HTTP alone.*turn\.host/);
-    await there('iptables', '-t', 'nat', '-D', ...rule);
+    try {
+      const { findings, failures } = await check();
+      assert.deepEqual(failures, ["TURN over TLS, at the relay's port"]);
+      assert.match(findings.find(({ what }) => what === failures[0]).advice, /HTTP alone.*turn\.host/);
+    } finally {
+      await there('iptables', '-t', 'nat', '-D', ...rule);
+    }
   } finally {
     proxy.kill();
     await ended;

@@ -11,10 +11,13 @@ const server = createServer({ cert: readFileSync(cert), key: readFileSync(key) }
     got.pipe(answer);
   }).on('error', () => answer.destroy()));
 });
-server.on('upgrade', (asked, socket) => {
-  onward(asked).on('upgrade', ({ headers }, stream) => {
+server.on('upgrade', (asked, socket, said) => {
+  onward(asked).on('upgrade', ({ headers }, stream, answered) => {
     const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`);
     socket.write(`HTTP/1.1 101 Switching Protocols\r\n${lines.join('')}\r\n`);
+    // What either side has said behind its head already.
+    socket.write(answered);
+    stream.write(said);
     socket.pipe(stream).pipe(socket);
     for (const end of [socket, stream]) end.on('error', () => { socket.destroy(); stream.destroy(); });
   }).on('error', () => socket.destroy()).end();

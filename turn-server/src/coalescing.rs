@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-/// How long a rest is, and by how much a packet may come later; the system's timers add about half as much.
+/// How long a rest is, and by how much a packet may come later; the system's timers add some 50 µs.
 const REST: Duration = Duration::from_micros(200);
 /// How often it is decided anew.
 const PERIOD: Duration = Duration::from_millis(100);

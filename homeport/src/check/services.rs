@@ -256,7 +256,8 @@ async fn turn(settings: &Settings, relay_is_reached: bool) -> anyhow::Result<Vec
 }
 
 fn advice_for_turn(error: &str, what: &str, server: SocketAddr) -> String {
-    if what == AT_THE_RELAY {
+    // Where the port itself is open, and TURN answers behind it, what stands between does not let it through.
+    if what == AT_THE_RELAY && !error.contains("cannot be reached") {
         "what stands before the relay speaks HTTP alone: have it pass connections on as they are, or set turn.host to a name that leads here past it".to_owned()
     } else if error.contains("(401)") {
         "relay and TURN server have different secrets: give them one turn.secret, or one seed.data".to_owned()

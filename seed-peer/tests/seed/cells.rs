@@ -20,12 +20,11 @@ fn join(relay: &str) -> (PeerId, Client) {
 }
 
 fn join_room(relay: &str, room: &Room) -> (PeerId, Client) {
-    let id = new_id();
-    (id, Client::join_cells(relay, room, id, MemoryGraph::default(), CELL_SIZE))
+    join_as(relay, room, new_id())
 }
 
-fn join_as(relay: &str, id: PeerId) -> (PeerId, Client) {
-    (id, Client::join_cells(relay, &Room::graph_sync("my-app"), id, MemoryGraph::default(), CELL_SIZE))
+fn join_as(relay: &str, room: &Room, id: PeerId) -> (PeerId, Client) {
+    (id, Client::join_cells(relay, room, id, MemoryGraph::default(), CELL_SIZE))
 }
 
 /// An id that is in `cell` wherever there are `total` of them.
@@ -229,8 +228,9 @@ async fn who_takes_itself_to_be_in_another_cell_lacks_nothing_once_it_has_said_s
     let data = tempfile::tempdir().unwrap();
     let seed = seed_in_cells(&url, data.path(), cells(Bridge::Every));
     // Three in each of two cells; the seed has an id in each.
+    let room = Room::graph_sync("my-app");
     let mut clients: Vec<(PeerId, Client)> =
-        (0..6).map(|index| join_as(&url, id_in(CellIndex(index % 2), 2))).collect();
+        (0..6).map(|index| join_as(&url, &room, id_in(CellIndex(index % 2), 2))).collect();
     settled(&mut clients, 2).await;
     quiet(&mut clients).await;
     let [(id, strayed), (_, writer), ..] = clients.as_mut_slice() else { unreachable!() };
