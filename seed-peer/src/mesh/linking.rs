@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use genosdb::sealed_sdp::OpenError;
 use genosdb::{PeerId, SdpKey, SealedDescription, Signal};
 use rand::RngCore as _;
 
@@ -72,19 +73,23 @@ impl Mesh {
         self.links.touch(now, link);
     }
 
-    /// Opens a sealed description; what does not open was sealed with another password, or by nobody.
+    /// Opens a sealed description.
     pub(super) fn open(&self, room: &MeshRoom, sealed: &SealedDescription) -> Option<String> {
         match room.key.open(sealed) {
             Ok(sdp) => Some(sdp),
-            Err(error) => {
+            Err(OpenError::WrongKey) => {
                 self.metrics.link_outcomes.with_label_values(&["wrong_password"]).inc();
-                tracing::debug!(room = %room.name, %error, "a description did not open");
+                tracing::debug!(room = %room.name, "a description was sealed with another password");
+                None
+            }
+            Err(error @ OpenError::Malformed) => {
+                self.refuse_description(&error);
                 None
             }
         }
     }
 
-    fn refuse_description(&self, error: &crate::link::DescriptionError) {
+    fn refuse_description(&self, error: &dyn std::error::Error) {
         self.metrics.refused.with_label_values(&["description"]).inc();
         tracing::debug!(error = ?error.to_string(), "a description was refused");
     }
