@@ -2,7 +2,7 @@
 // database.test.mjs: by the stand-in, and by GenosDB when GENOSDB_DIST names its published files.
 import assert from 'node:assert/strict';
 import { after, before, describe, test } from 'node:test';
-import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { crash, launchChromium, openPage, servePages, until } from './lib/browser.mjs';
 import { clients } from './lib/clients.mjs';
 import { Homeport } from './lib/homeport.mjs';
 
@@ -18,6 +18,7 @@ function suite({ name: client, module, skip }) {
         { name: 'one', cells: { cell_size: 3, bridge: 'one' } },
         { name: 'every', cells: { cell_size: 4, bridge: 'every' } },
         { name: 'growing', cells: { cell_size: 4, bridge: 'every' } },
+        { name: 'pages', cells: { cell_size: 3, bridge: 'off' } },
         'mesh',
       ] });
     });
@@ -36,9 +37,9 @@ function suite({ name: client, module, skip }) {
     }
     const close = page => page.context().close();
     const metric = (name, room) => homeport.metric(name, `room="${room}"`);
-    async function holds(page, count) {
+    async function holds(page, count, timeout) {
       try {
-        await until(page, `${count} nodes`, async wanted => await window.count() === wanted, count);
+        await until(page, `${count} nodes`, async wanted => await window.count() === wanted, count, timeout);
       } catch (error) {
         // Who is missing what, and where it takes itself and others to be, says why.
         const view = await page.evaluate(async () => {
@@ -138,6 +139,27 @@ function suite({ name: client, module, skip }) {
       await members[11].evaluate(() => window.db.put({ last: true }, 'last'));
       for (const page of members) await holds(page, 2);
       await Promise.all(members.map(close));
+    });
+
+    // The seed is a member like any other here: cells rely on pages.
+    test('a page that was the bridge of its cell crashes, and another takes its place', async () => {
+      const members = await Promise.all(Array.from({ length: 8 }, () => open('pages', 3)));
+      await reaches('homeport_seed_present_peers', 'pages', 8);
+      await reaches('homeport_seed_cells', 'pages', 3);
+      await settle(members);
+      // GenosDB's pages do not say which of them is a bridge: there, any will do.
+      const bridges = await Promise.all(members.map(page => page.evaluate(() => {
+        const { id, cells } = window.db.graph ?? {};
+        return cells?.topology.isBridge(id) ?? false;
+      })));
+      const [lost] = members.splice(Math.max(0, bridges.indexOf(true)), 1);
+      await crash(lost);
+      await Promise.all(members.map((page, index) => page.evaluate(index => window.db.put({ index }, `n${index}`), index)));
+      // A link that died is found out after 20 s, and rosters are sealed anew after that.
+      for (const page of members) await holds(page, 7, 90_000);
+      await reaches('homeport_seed_present_peers', 'pages', 7);
+      await reaches('homeport_seed_nodes', 'pages', 7);
+      await Promise.all([...members, lost].map(close));
     });
 
     test('a page returns after five thousand operations, and two databases do not meet', async () => {

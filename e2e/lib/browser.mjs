@@ -50,6 +50,15 @@ export async function openPage(browser, url) {
   return page;
 }
 
+/** Ends the process of a page as a crash does: it says goodbye to nobody. */
+export async function crash(page) {
+  const crashed = page.waitForEvent('crash');
+  const session = await page.context().newCDPSession(page);
+  // Nobody is left to answer that.
+  session.send('Page.crash').catch(() => {});
+  await crashed;
+}
+
 /** Waits until `check`, run in the page with `argument`, comes out true; it may be asynchronous. */
 export async function until(page, what, check, argument, timeout = 45_000) {
   const deadline = Date.now() + timeout;

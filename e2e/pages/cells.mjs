@@ -1,5 +1,7 @@
 // A room in cells, as the wire notes have it (section 5): who is there, when that is acted on, who links with whom,
 // what is passed on. A part of the stand-in client.
+/** A peer whose link died is taken for gone when it has not been heard for so long; a bridge at once. */
+const SILENCE = 30_000;
 const hash = text => {
   let value = 0;
   for (let index = 0; index < text.length; index++) value = Math.imul(value ^ text.charCodeAt(index), 2654435761) >>> 0;
@@ -36,16 +38,27 @@ class Topology {
 
 export class Cells {
   constructor(room, size, delivered) {
-    Object.assign(this, { room, size, delivered, roster: new Set([room.id]), seen: new Set(), sequence: 0, sealed: false });
+    Object.assign(this, {
+      room, size, delivered, roster: new Set([room.id]), silent: new Map(), seen: new Set(), sequence: 0, sealed: false,
+    });
     this.topology = new Topology([room.id], size);
     setInterval(() => this.tick(), 250);
   }
   /** A peer announced itself. Returns whether to dial it. */
   announced(peer) {
+    this.silent.delete(peer);
     if (!this.roster.has(peer)) { this.roster.add(peer); this.change(); }
     return this.wants(peer);
   }
-  left(peer) { if (this.roster.delete(peer)) this.change(); }
+  left(peer) {
+    this.silent.delete(peer);
+    if (this.roster.delete(peer)) this.change();
+  }
+  /** The link to a peer died, and nobody has said bye. */
+  died(peer) {
+    if (this.topology.isBridge(peer)) this.left(peer);
+    else this.silent.set(peer, Date.now());
+  }
   wants(peer) { return !this.sealed || this.topology.areLinked(this.room.id, peer); }
   change() {
     const now = Date.now();
@@ -53,6 +66,7 @@ export class Cells {
   }
   tick() {
     const now = Date.now();
+    for (const [peer, since] of this.silent) if (now >= since + SILENCE) this.left(peer);
     if (this.changed && (now >= this.changed.last + 2000 || now >= this.changed.first + 10000)) {
       this.changed = null;
       this.topology = new Topology([...this.roster].sort(), this.size);

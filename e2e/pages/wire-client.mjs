@@ -137,7 +137,7 @@ class Room {
   tend() {
     for (const [peer, link] of this.peers) {
       const quiet = performance.now() - link.heard;
-      if (quiet > (link.channel ? 20_000 : 57_000)) this.drop(peer);
+      if (quiet > (link.channel ? 20_000 : 57_000)) this.ended(peer, link);
       else if (link.channel && quiet > 10_000) this.send('@_ping', '', peer);
     }
   }
@@ -191,9 +191,14 @@ class Room {
     if (offered) use(connection.createDataChannel('data'));
     else connection.ondatachannel = ({ channel }) => use(channel);
     connection.onconnectionstatechange = () => {
-      if (['failed', 'closed'].includes(connection.connectionState) && this.peers.get(peer) === link) this.drop(peer);
+      if (['failed', 'closed'].includes(connection.connectionState) && this.peers.get(peer) === link) this.ended(peer, link);
     };
     return link;
+  }
+  /** A link has ended, and perhaps nobody has made it end: one that lives is never quiet for so long. */
+  ended(peer, link) {
+    if (link.channel && performance.now() - link.heard > 12_000) this.cells?.died(peer);
+    this.drop(peer);
   }
   drop(peer) {
     const link = this.peers.get(peer);
