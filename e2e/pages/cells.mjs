@@ -1,5 +1,6 @@
 // A room in cells, as the wire notes have it (section 5): who is there, when that is acted on, who links with whom,
 // what is passed on. A part of the stand-in client.
+
 /** A peer whose link died is taken for gone when it has not been heard for so long; a bridge at once. */
 const SILENCE = 30_000;
 const hash = text => {
