@@ -17,7 +17,7 @@ use super::graph::{RoomState, signed, unsigned};
 
 /// A room with up to so many nodes is always sent whole: it is small, and a peer that is sent a whole state answers
 /// with what we lack, which repairs both sides.
-const SMALL_ROOM_NODES: u64 = 500;
+pub(super) const SMALL_ROOM_NODES: u64 = 500;
 /// What a node in a full state takes besides its own bytes: its id once more, names of members, a timestamp.
 const NODE_FRAME_BYTES: u64 = 90;
 /// So many bytes of operations are sent as a delta whatever the size of the room.

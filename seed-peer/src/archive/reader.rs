@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
 
 use genosdb::Message;
 use genosdb::signature::Identity;
 use rusqlite::Connection;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::answer::Known;
 use super::graph::RoomState;
 use super::schema::{ArchiveFile, OpenError};
 use super::{Question, Reply, RoomKey, Wanted, answer, room_rows};
@@ -22,6 +24,8 @@ const FRESH_SHARE: u64 = 10;
 const FEW: u64 = 200;
 /// What an operation takes, at most, for a state that is kept to be sent with the operations since.
 const OPERATION_BYTES: u64 = 2_000;
+/// A state that changes all the time is read anew so often that the thread does other things for so many times as long.
+const REST: u32 = 10;
 
 /// A handle on the thread.
 pub(super) struct Reader {
@@ -72,6 +76,20 @@ struct CachedState {
     room: RoomKey,
     seq: u64,
     message: Message,
+    read: Instant,
+    /// How long reading took.
+    took: Duration,
+}
+
+impl CachedState {
+    /// Whether it may be sent with the operations `since` instead of being read anew.
+    ///
+    /// Whoever holds more than a state says answers with all it has, and to everybody (wire §4): so who knows something is
+    /// to be sent what is true now. Who has nothing need not wait until a large room is read.
+    fn is_near(&self, room: &RoomState, known: Known, since: u64) -> bool {
+        let will_do = known.timestamp.is_none() && room.nodes > answer::SMALL_ROOM_NODES;
+        since <= FEW.max(room.nodes / FRESH_SHARE) && (will_do || self.read.elapsed() < self.took * REST)
+    }
 }
 
 struct Answers {
@@ -137,17 +155,17 @@ impl Answers {
             return Ok((vec![delta], room.seq));
         }
         self.metrics.answers.with_label_values(&["full_state"]).inc();
-        Ok((self.full_state(key, &room)?, room.seq))
+        Ok((self.full_state(key, &room, known)?, room.seq))
     }
 
     /// The whole state: the one that is kept if it is still true, or nearly.
-    fn full_state(&mut self, key: RoomKey, room: &RoomState) -> rusqlite::Result<Vec<Message>> {
+    fn full_state(&mut self, key: RoomKey, room: &RoomState, known: Known) -> rusqlite::Result<Vec<Message>> {
         if let Some(index) = self.states.iter().position(|state| state.room == key) {
             let state = self.states.remove(index);
             let since = room.seq.saturating_sub(state.seq);
             let messages = if since == 0 {
                 Some(vec![state.message.clone()])
-            } else if since <= FEW.max(room.nodes / FRESH_SHARE) {
+            } else if state.is_near(room, known, since) {
                 let max_bytes = since * OPERATION_BYTES;
                 let delta = answer::delta(&self.connection, room, state.seq + 1, max_bytes, self.identity.as_deref())?;
                 delta.map(|delta| vec![state.message.clone(), delta])
@@ -160,8 +178,10 @@ impl Answers {
                 return Ok(messages);
             }
         }
+        let read = Instant::now();
         let message = answer::full_state(&self.connection, room, self.identity.as_deref())?;
-        self.states.push(CachedState { room: key, seq: room.seq, message: message.clone() });
+        let state = CachedState { room: key, seq: room.seq, message: message.clone(), read, took: read.elapsed() };
+        self.states.push(state);
         let mut kept = 0;
         let mut from = self.states.len();
         while from > 0 && kept + self.states[from - 1].message.len() <= CACHE_BYTES {

@@ -344,6 +344,25 @@ fn a_state_that_is_kept_is_sent_with_what_came_since() {
 }
 
 #[test]
+fn who_may_hold_more_than_a_state_that_is_kept_is_sent_what_is_true_now() {
+    let nothing = Known { timestamp: None, sent: None };
+    // It has seen something, before all that is logged: no delta will do.
+    let something = Known { timestamp: Some(Hlc::new(1, 0)), sent: None };
+    for (nodes, known) in [(10, nothing), (10, something), (1_000, something)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut archive = Fixture::open(folder.path(), Bounds::default());
+        archive.merge(&many(nodes, NOW_MS - 1_000));
+        assert_eq!(archive.answers(known).0.len(), 1);
+        archive.merge(&[put(1, 1)]);
+        // Not at once: reading takes a tenth of the thread's time at most.
+        wait_until(|| {
+            let (answers, _) = archive.answers(known);
+            matches!(&answers[..], [Operation::FullStateSync(state)] if state.nodes.len() as u64 == nodes + 1)
+        });
+    }
+}
+
+#[test]
 fn a_peer_that_was_away_for_months_gets_a_delta_when_that_is_smaller() {
     let folder = tempfile::tempdir().unwrap();
     let mut archive = Fixture::open(folder.path(), Bounds::default());
@@ -498,7 +517,7 @@ fn a_disk_that_refuses_what_is_another_s_to_write_by_now_is_still_waited_for() {
 }
 
 /// Waits for what another thread does; fails rather than waiting for ever.
-fn wait_until(condition: impl Fn() -> bool) {
+fn wait_until(mut condition: impl FnMut() -> bool) {
     for _ in 0..1_000 {
         if condition() {
             return;

@@ -1,0 +1,125 @@
+// The seed beside a client of its transport that neither we nor GenosDB wrote: Trystero 0.21, whose Nostr strategy
+// GenosRTC descends from (wire §2 and §3). Its sources are what npm has, but for the name that topics begin with. It knows no
+// deflated frames, so what is said here is short. The packages that its other strategies need are overridden in package.json by
+// one that is small: there are 600 of them.
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
+import { Homeport } from './lib/homeport.mjs';
+
+let other, homeport, pages, browser;
+before(async () => {
+  // A second relay, which pages and seed share as well.
+  other = await Homeport.start();
+  homeport = await Homeport.start({
+    rooms: ['notes', 'relayed', 'orphans', { name: 'secret', password: 'pw1' }],
+    settings: { HOMEPORT_SEED__RELAYS: JSON.stringify([other.relayUrl]) },
+  });
+  [pages, browser] = [await servePages(), await launchChromium()];
+});
+after(async () => {
+  await browser?.close();
+  pages?.close();
+  await homeport?.stop();
+  await other?.stop();
+});
+
+async function open(name, config = {}) {
+  const relayUrls = [homeport.relayUrl, other.relayUrl];
+  const room = JSON.stringify({ name, config: { relayUrls, rtcConfig: { iceServers: [] }, ...config } });
+  const page = await openPage(browser, `${pages.url}/pages/transport.html?${new URLSearchParams({ room })}`);
+  await until(page, 'the page', () => window.loaded === true);
+  return page;
+}
+
+const close = page => page.context().close();
+const state = page => page.evaluate(() => window.state);
+const joined = (page, count) => until(page, `${count} peers`, count => window.state.joined.length === count, count);
+
+/** The only peer of a page that is alone with the seed. */
+async function seedOf(page) {
+  await joined(page, 1);
+  return (await state(page)).joined[0];
+}
+
+async function metric(name, label, wanted) {
+  const deadline = Date.now() + 30_000;
+  for (;;) {
+    const value = await homeport.metric(name, label);
+    if (value === wanted) return;
+    if (Date.now() > deadline) assert.fail(`${name} of ${label} is ${value}, not ${wanted}\n${homeport.log}`);
+    await new Promise(done => setTimeout(done, 50));
+  }
+}
+
+const at = (physical, logical = 1) => ({ timestamp: { physical, logical } });
+
+test('what a page says while it is here, another gets from the seed when it is gone', async () => {
+  const now = Date.now();
+  const writer = await open('notes');
+  const seed = await seedOf(writer);
+  await writer.evaluate(operations => window.say(operations), [
+    { type: 'upsert', id: 'a', value: { text: 'ä "quoted" ☃' }, ...at(now) },
+    { type: 'upsert', id: 'b', value: 1.5, ...at(now, 2) },
+    { type: 'upsert', id: 'c', value: null, ...at(now, 3) },
+    { type: 'link', sourceId: 'a', targetId: 'b', ...at(now + 1) },
+    { type: 'remove', id: 'c', ...at(now + 2) },
+  ]);
+  await metric('homeport_seed_nodes', 'room="notes"', 2);
+  assert.equal(typeof await writer.evaluate(peer => window.ping(peer), seed), 'number');
+  await writer.evaluate(() => window.leave());
+  await metric('homeport_seed_links', 'room="notes"', 0);
+  await close(writer);
+
+  const reader = await open('notes');
+  assert.equal(await seedOf(reader), seed);
+  await until(reader, 'a state', () => window.state.heard.some(({ type }) => type === 'fullStateSync'));
+  const { heard } = await state(reader);
+  const { graphData, removals } = heard.find(({ type }) => type === 'fullStateSync');
+  assert.deepEqual(graphData, {
+    a: { id: 'a', value: { text: 'ä "quoted" ☃' }, edges: ['b'], ...at(now + 1) },
+    b: { id: 'b', value: 1.5, edges: [], ...at(now, 2) },
+  });
+  assert.deepEqual(removals, [{ id: 'c', ...at(now + 2) }]);
+  await close(reader);
+});
+
+test('pages that reload are found again, over two relays, and nobody is dialled in vain', async () => {
+  const [stays, reloads] = [await open('orphans'), await open('orphans')];
+  await Promise.all([joined(stays, 2), joined(reloads, 2)]);
+  const gone = (await state(reloads)).selfId;
+  await reloads.reload();
+  await until(reloads, 'the page', () => window.loaded === true);
+  await Promise.all([joined(stays, 3), joined(reloads, 2)]);
+  assert.deepEqual((await state(stays)).left, [gone]);
+  await metric('homeport_seed_links', 'room="orphans"', 2);
+  for (const outcome of ['no_path', 'no_dtls', 'no_channel']) {
+    assert.equal(await homeport.metric('homeport_seed_link_outcomes_total', `outcome="${outcome}"`), 0, outcome);
+  }
+  await Promise.all([stays, reloads].map(close));
+});
+
+test('with iceTransportPolicy "relay" a page reaches the seed through our TURN server', async () => {
+  const { turnConfig: iceServers } = homeport.rtc;
+  const page = await open('relayed', { rtcConfig: { iceServers, iceTransportPolicy: 'relay' } });
+  const seed = await seedOf(page);
+  assert.equal((await page.evaluate(peer => window.path(peer), seed)).local, 'relay');
+  await close(page);
+});
+
+test('a page with the password meets the seed, one with another is told and stays outside', async () => {
+  const friend = await open('secret', { password: 'pw1' });
+  const seed = await seedOf(friend);
+  const stranger = await open('secret', { password: 'guess' });
+  await until(stranger, 'a refusal', seed => window.state.refused.some(({ peerId }) => peerId === seed), seed);
+  assert.deepEqual((await state(stranger)).joined, []);
+  await Promise.all([friend, stranger].map(close));
+});
+
+test('when one of two relays dies, pages and seed meet over the other', async () => {
+  await other.kill();
+  const page = await open('orphans');
+  const seed = await seedOf(page);
+  assert.ok(await page.evaluate(peer => window.path(peer), seed));
+  await close(page);
+});
