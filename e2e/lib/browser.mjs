@@ -39,9 +39,10 @@ export async function launchChromium(flags = [], executablePath = process.env.CH
   });
 }
 
-/** A page in a profile of its own; what it logs as an error comes with the test's failure. */
-export async function openPage(browser, url) {
+/** A page in a profile of its own, which runs `script` first; what it logs as an error comes with the test's failure. */
+export async function openPage(browser, url, script) {
   const context = await browser.newContext();
+  if (script) await context.addInitScript(script);
   const page = await context.newPage();
   page.errors = [];
   page.on('pageerror', error => page.errors.push(String(error)));

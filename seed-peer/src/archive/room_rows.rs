@@ -163,10 +163,17 @@ fn timestamp(physical: Option<i64>, logical: Option<i64>) -> Option<Hlc> {
     physical.zip(logical).map(|(physical, logical)| Hlc::new(unsigned(physical), unsigned(logical)))
 }
 
-/// A new id, great among its kind: of two offers that cross, that of the greater id stands, and only offers tell
-/// clients that the seed is a superpeer (wire §2).
+/// Characters at the start of an id that are the greatest there are. With so many, one peer in 15 million has a greater id.
+const GREATEST: usize = 4;
+
+/// A new id, greater than those of clients. Of two offers that cross, that of the greater id stands (wire §2), which is then
+/// always ours: only offers tell clients that the seed is a superpeer. And Trystero, of which clients descend, ignores offers of a
+/// lesser id as long as it has one of its own to it, which it may keep for ever: it would be deaf to a seed that comes back.
 fn new_peer_id() -> PeerId {
     let mut random = rand::rng();
-    let mut first = true;
-    PeerId::generate(|range| if std::mem::take(&mut first) { range.end - 1 } else { random.random_range(range) })
+    let mut drawn = 0;
+    PeerId::generate(|range| {
+        drawn += 1;
+        if drawn <= GREATEST { range.end - 1 } else { random.random_range(range) }
+    })
 }
