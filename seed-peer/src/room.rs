@@ -88,13 +88,23 @@ impl Why {
     }
 }
 
+/// An offer of ours that has no link yet.
+#[derive(Debug)]
+struct Dial {
+    link: LinkId,
+    since: Instant,
+    is_answered: bool,
+    /// Their latest offer that crossed ours, and the relay that it came through. It is answered if ours is not: they may not
+    /// have heard ours, and wait for a minute before they offer again.
+    crossed: Option<(RelayIndex, String)>,
+}
+
 /// What is known of one peer.
 #[derive(Debug, Default)]
 struct Peer {
     /// The link that carries messages.
     open: Option<LinkId>,
-    /// Our offer that has no link yet.
-    dialling: Option<(LinkId, Instant)>,
+    dialling: Option<Dial>,
     /// Their offers that we answered and that have no link yet.
     accepting: Vec<(LinkId, Instant)>,
 }
@@ -102,6 +112,12 @@ struct Peer {
 impl Peer {
     fn is_idle(&self) -> bool {
         self.open.is_none() && self.dialling.is_none() && self.accepting.is_empty()
+    }
+
+    /// The links that are not open yet.
+    fn pending(&self) -> impl Iterator<Item = LinkId> {
+        let accepting = self.accepting.iter().map(|(link, _)| *link);
+        self.dialling.iter().map(|dial| dial.link).chain(accepting)
     }
 }
 
@@ -149,11 +165,7 @@ impl RoomPeer {
 
     /// Every link, open or not.
     pub(crate) fn all_links(&self) -> Vec<LinkId> {
-        let of = |peer: &Peer| {
-            let pending = peer.dialling.iter().chain(&peer.accepting).map(|(link, _)| *link);
-            pending.chain(peer.open).collect::<Vec<_>>()
-        };
-        self.peers.values().flat_map(of).collect()
+        self.peers.values().flat_map(|peer| peer.pending().chain(peer.open)).collect()
     }
 
     /// The open link to `peer`.
@@ -176,11 +188,19 @@ impl RoomPeer {
         self.announced = Some(now);
         self.next_announce = now + if is_busy { ANNOUNCE_INTERVAL } else { IDLE_ANNOUNCE_INTERVAL };
         let mut late = Vec::new();
-        for known in self.peers.values() {
-            let dialling = known.dialling.iter().filter(|(_, since)| now >= *since + DIAL_TIMEOUT);
+        for (peer, known) in &mut self.peers {
+            let unheard = known
+                .dialling
+                .take_if(|dial| dial.crossed.is_some() && !dial.is_answered && now >= dial.since + CROSSING);
+            if let Some(Dial { link, crossed: Some((relay, sdp)), .. }) = unheard {
+                actions.push(Action::Drop { link, why: Why::Replaced });
+                actions.push(Action::Accept { peer: *peer, relay, sdp });
+            }
+            late.extend(known.dialling.iter().filter(|dial| now >= dial.since + DIAL_TIMEOUT).map(|dial| dial.link));
             let accepting = known.accepting.iter().filter(|(_, since)| now >= *since + ACCEPT_TIMEOUT);
-            late.extend(dialling.chain(accepting).map(|(link, _)| *link));
+            late.extend(accepting.map(|(link, _)| *link));
         }
+        self.pending = self.count_pending();
         for link in late {
             self.forget(link);
             actions.push(Action::Drop { link, why: Why::Late });
@@ -217,8 +237,9 @@ impl RoomPeer {
             Said::Bye => self.bye(peer, actions),
             Said::Offer { sdp } => self.offered(peer, relay, sdp, now, actions),
             Said::Answer { sdp } => {
-                if let Some((link, _)) = self.peers.get(&peer).and_then(|known| known.dialling) {
-                    actions.push(Action::Complete { peer, link, sdp });
+                if let Some(dial) = self.peers.get_mut(&peer).and_then(|known| known.dialling.as_mut()) {
+                    dial.is_answered = true;
+                    actions.push(Action::Complete { peer, link: dial.link, sdp });
                 }
             }
         }
@@ -238,16 +259,16 @@ impl RoomPeer {
         }
         let us = self.id;
         let known = self.peers.entry(peer).or_default();
-        if let Some((link, since)) = known.dialling {
+        if let Some(dial) = &mut known.dialling {
             // Both dialled: the offer of the greater id stands.
-            if us > peer && now < since + CROSSING {
+            if us > peer && now < dial.since + CROSSING {
+                dial.crossed = Some((relay, sdp));
                 return;
             }
+            actions.push(Action::Drop { link: dial.link, why: Why::Replaced });
             known.dialling = None;
             self.pending -= 1;
-            actions.push(Action::Drop { link, why: Why::Replaced });
         }
-        let known = self.peers.entry(peer).or_default();
         if known.accepting.len() >= MAX_ACCEPTING {
             return;
         }
@@ -263,9 +284,8 @@ impl RoomPeer {
     /// Ends every link with `peer`.
     pub(crate) fn end(&mut self, peer: PeerId, why: Why, actions: &mut Vec<Action>) {
         let Some(known) = self.peers.remove(&peer) else { return };
-        let pending = known.dialling.iter().chain(&known.accepting);
-        self.pending -= pending.clone().count();
-        actions.extend(pending.map(|(link, _)| Action::Drop { link: *link, why }));
+        self.pending -= known.pending().count();
+        actions.extend(known.pending().map(|link| Action::Drop { link, why }));
         if let Some(link) = known.open {
             actions.push(Action::Drop { link, why });
             actions.push(Action::Left { peer });
@@ -278,7 +298,8 @@ impl RoomPeer {
 
     /// An offer to `peer` went out for `link`.
     pub(crate) fn dialled(&mut self, peer: PeerId, link: LinkId, now: Instant) {
-        self.peers.entry(peer).or_default().dialling = Some((link, now));
+        let dial = Dial { link, since: now, is_answered: false, crossed: None };
+        self.peers.entry(peer).or_default().dialling = Some(dial);
         self.pending += 1;
         self.look_soon(now);
     }
@@ -294,9 +315,8 @@ impl RoomPeer {
     pub(crate) fn link_opened(&mut self, peer: PeerId, link: LinkId, actions: &mut Vec<Action>) {
         self.forget(link);
         let known = self.peers.entry(peer).or_default();
-        let others = known.open.take().into_iter().chain(known.dialling.take().map(|(link, _)| link));
-        let others: Vec<LinkId> = others.chain(known.accepting.drain(..).map(|(link, _)| link)).collect();
-        known.open = Some(link);
+        let others: Vec<LinkId> = known.open.into_iter().chain(known.pending()).collect();
+        *known = Peer { open: Some(link), ..Peer::default() };
         self.pending = self.count_pending();
         actions.extend(others.into_iter().map(|link| Action::Drop { link, why: Why::Replaced }));
         actions.push(Action::Joined { peer, link });
@@ -320,9 +340,7 @@ impl RoomPeer {
             if peer.open == Some(link) {
                 peer.open = None;
             }
-            if peer.dialling.is_some_and(|(dialling, _)| dialling == link) {
-                peer.dialling = None;
-            }
+            peer.dialling.take_if(|dial| dial.link == link);
             peer.accepting.retain(|(accepting, _)| *accepting != link);
             !peer.is_idle()
         });
@@ -330,7 +348,7 @@ impl RoomPeer {
     }
 
     fn count_pending(&self) -> usize {
-        self.peers.values().map(|peer| usize::from(peer.dialling.is_some()) + peer.accepting.len()).sum()
+        self.peers.values().map(|peer| peer.pending().count()).sum()
     }
 }
 
@@ -401,6 +419,42 @@ mod tests {
             [Action::Drop { link: 1, why: Why::Replaced }, Action::Accept { peer: id('a'), relay: RELAY, sdp: sdp() }]
         );
         assert_eq!(lesser.pending, 0);
+    }
+
+    #[test]
+    fn an_offer_that_crossed_ours_is_answered_when_ours_is_not() {
+        // The other has heard us through another relay than the one that our offer went through, where it may be deaf.
+        let theirs = RelayIndex(1);
+        let crossing = |room: &mut RoomPeer, now| {
+            room.dialled(id('a'), 1, now);
+            let mut actions = Vec::new();
+            for sdp in ["first", "latest"] {
+                room.handle(id('a'), Said::Offer { sdp: sdp.into() }, theirs, now, &mut actions);
+            }
+            assert_eq!(actions, []);
+        };
+        let (mut deaf, now) = room('z');
+        crossing(&mut deaf, now);
+        let mut actions = Vec::new();
+        deaf.tick(now + CROSSING - Duration::from_millis(1), &mut actions);
+        assert_eq!(actions, [Action::Announce]);
+        deaf.tick(now + CROSSING + ANNOUNCE_INTERVAL, &mut actions);
+        assert_eq!(
+            actions[2..],
+            [
+                Action::Drop { link: 1, why: Why::Replaced },
+                Action::Accept { peer: id('a'), relay: theirs, sdp: "latest".into() }
+            ]
+        );
+        assert_eq!(deaf.pending, 0);
+
+        let (mut heard, now) = room('z');
+        crossing(&mut heard, now);
+        hear(&mut heard, id('a'), Said::Answer { sdp: sdp() });
+        let mut actions = Vec::new();
+        heard.tick(now + CROSSING + ANNOUNCE_INTERVAL, &mut actions);
+        assert_eq!(actions, [Action::Announce]);
+        assert_eq!(heard.pending, 1);
     }
 
     #[test]
