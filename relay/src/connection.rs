@@ -19,6 +19,7 @@ use crate::message::{ClientMessage, MessageError, relay_message};
 use crate::outbox::{Delivery, Outbox};
 use crate::presence::PresentKey;
 use crate::relay::{Accepted, Publisher, Refusal, Relay};
+use crate::returning::Asked;
 use crate::subscriptions::Subscription;
 
 /// Messages to a client that may wait in the write buffer for one flush of the socket.
@@ -64,6 +65,9 @@ pub(crate) async fn serve(
         joined: HashSet::new(),
         replays: VecDeque::new(),
         malformed: 0,
+        author: None,
+        has_asked: false,
+        said_goodbye: false,
         clock_is_known: false,
     };
     let reason = connection.run(stop).await;
@@ -136,6 +140,12 @@ struct Connection {
     /// Present peers that new subscriptions are still to hear of.
     replays: VecDeque<(Arc<Subscription>, PresentKey)>,
     malformed: usize,
+    /// Who speaks over this connection, once it has been proven by an event.
+    author: Option<[u8; 32]>,
+    /// Whether the client has subscribed to anything, or was given back what it had.
+    has_asked: bool,
+    /// Whether the client has closed the connection in order.
+    said_goodbye: bool,
     /// Whether the client's clock was compared with ours.
     clock_is_known: bool,
 }
@@ -185,7 +195,11 @@ impl Connection {
             Some(Ok(Message::Text(text))) => text,
             Some(Ok(Message::Ping(_) | Message::Pong(_))) => return ControlFlow::Continue(()),
             Some(Ok(Message::Binary(_))) => return self.refuse_message("invalid: binary messages are not Nostr").await,
-            Some(Ok(Message::Close(_))) | None => return ControlFlow::Break(End::Left),
+            Some(Ok(Message::Close(_))) => {
+                self.said_goodbye = true;
+                return ControlFlow::Break(End::Left);
+            }
+            None => return ControlFlow::Break(End::Left),
             Some(Err(error)) => return ControlFlow::Break(end_of(&error)),
         };
         match ClientMessage::parse(text.as_str()) {
@@ -200,6 +214,7 @@ impl Connection {
                     ClientMessage::Req { subscription, filters } => self.subscribe(subscription, &filters).await,
                     ClientMessage::Close { subscription } => {
                         self.unsubscribe(&subscription);
+                        self.remember_author();
                         ControlFlow::Continue(())
                     }
                     ClientMessage::Auth { event } => Box::pin(self.prove(&event)).await,
@@ -253,11 +268,13 @@ impl Connection {
             proven: self.proven.as_ref(),
             may_join: self.joined.len() < MAX_JOINED,
         };
+        let mut is_new = false;
         let (accepted, reason) = match self.relay.publish(event, raw, client, &mut self.keys).await {
             Ok((accepted, joined)) => {
                 self.joined.extend(joined);
                 // What is stored may have been written long ago, and what comes again may be old.
-                if event.is_ephemeral() && accepted != Accepted::Duplicate && !self.clock_is_known {
+                is_new = event.is_ephemeral() && accepted != Accepted::Duplicate;
+                if is_new && !self.clock_is_known {
                     self.clock_is_known = true;
                     self.relay.compare_clocks(event.pubkey, event.created_at, unix_now());
                 }
@@ -271,7 +288,47 @@ impl Connection {
                 (false, refusal.to_string())
             }
         };
-        self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await
+        self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await?;
+        if is_new && self.author != Some(event.pubkey) {
+            Box::pin(self.met(event)).await
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    /// An author speaks over this connection for the first time. If that is one who has come back without asking again, it is
+    /// given what it asked for before.
+    async fn met(&mut self, event: &Event<'_>) -> ControlFlow<End> {
+        let author = event.pubkey;
+        self.forget_author(false);
+        self.author = Some(author);
+        // Whoever repeats an old event of another's is not that author.
+        let is_now = event.created_at.abs_diff(unix_now()) <= self.relay.limits.clock_skew_seconds;
+        if is_now && !self.has_asked {
+            for (id, filters) in self.relay.returning.asked_by(&author, std::time::Instant::now()) {
+                self.has_asked = true;
+                self.relay.metrics.resumed.inc();
+                self.open(id.into(), filters);
+            }
+        }
+        self.remember_author();
+        self.replay().await
+    }
+
+    /// Has it remembered what the author who speaks here asks for.
+    fn remember_author(&self) {
+        if let Some(author) = self.author {
+            let asked = |(id, open): (&String, &Arc<Subscription>)| (id.as_str().into(), Arc::clone(&open.filters));
+            let asked: Asked = self.subscriptions.iter().map(asked).collect();
+            self.relay.returning.note(author, self.number, asked);
+        }
+    }
+
+    /// The author who spoke here does so no longer.
+    fn forget_author(&mut self, in_order: bool) {
+        if let Some(author) = self.author.take() {
+            self.relay.returning.left(&author, self.number, in_order, std::time::Instant::now());
+        }
     }
 
     /// Takes a client's proof of its key (NIP-42).
@@ -291,6 +348,7 @@ impl Connection {
     }
 
     async fn subscribe(&mut self, id: String, filters: &[&str]) -> ControlFlow<End> {
+        self.has_asked = true;
         // A REQ under an id in use replaces that subscription (NIP-01), also when it is refused.
         self.unsubscribe(&id);
         match self.accept_filters(filters) {
@@ -301,20 +359,9 @@ impl Connection {
                     .filter(|(filter, _)| filter.asks_for_stored())
                     .map(|(_, raw)| *raw)
                     .collect();
-                let filters = accepted;
-                let followed = match &self.relay.neighbours {
-                    Some(neighbours) => {
-                        let already = self.subscriptions.values().map(|open| open.followed.len()).sum();
-                        neighbours.follow(&filters, already)
-                    }
-                    None => Box::default(),
-                };
-                let outbox = Arc::clone(&self.outbox);
-                let subscription = self.relay.subscriptions.add(&id, self.number, filters, followed, outbox);
-                self.relay.metrics.subscriptions.inc();
                 let eose = relay_message::eose(&id);
-                self.queue_replays(&subscription);
-                self.subscriptions.insert(id, Arc::clone(&subscription));
+                let subscription = self.open(id, accepted.into());
+                self.remember_author();
                 // What is published from now on waits in the queue behind what is stored.
                 Box::pin(self.send_stored(&subscription, &stored)).await?;
                 self.send_text(eose).await?;
@@ -322,6 +369,23 @@ impl Connection {
             }
             Err(reason) => self.send_text(relay_message::closed(&id, &reason)).await,
         }
+    }
+
+    /// Opens a subscription: from now on, events for it come into the queue.
+    fn open(&mut self, id: String, filters: Arc<[Filter]>) -> Arc<Subscription> {
+        let followed = match &self.relay.neighbours {
+            Some(neighbours) => {
+                let already = self.subscriptions.values().map(|open| open.followed.len()).sum();
+                neighbours.follow(&filters, already)
+            }
+            None => Box::default(),
+        };
+        let outbox = Arc::clone(&self.outbox);
+        let subscription = self.relay.subscriptions.add(&id, self.number, filters, followed, outbox);
+        self.relay.metrics.subscriptions.inc();
+        self.queue_replays(&subscription);
+        self.subscriptions.insert(id, Arc::clone(&subscription));
+        subscription
     }
 
     /// Sends the stored events that a new subscription asks for, each once, newest first for each filter.
@@ -455,6 +519,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
+        self.forget_author(self.said_goodbye);
         let ids: Vec<String> = self.subscriptions.keys().cloned().collect();
         for id in ids {
             self.unsubscribe(&id);

@@ -18,6 +18,7 @@ mod outbox;
 mod presence;
 mod relay;
 mod replication;
+mod returning;
 mod server;
 mod store;
 mod subscriptions;

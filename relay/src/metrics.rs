@@ -19,6 +19,7 @@ pub(crate) struct Metrics {
     pub(crate) rate_limit_hits: IntCounterVec,
     pub(crate) held_back: IntCounter,
     pub(crate) replayed: IntCounter,
+    pub(crate) resumed: IntCounter,
     pub(crate) present: IntGauge,
     pub(crate) client_clocks: IntCounterVec,
     pub(crate) client_clock_ahead: IntGauge,
@@ -78,6 +79,10 @@ impl Metrics {
                 "homeport_relay_announces_replayed_total",
                 "Announces of present peers that a new subscriber was given at once.",
             )?,
+            resumed: IntCounter::new(
+                "homeport_relay_subscriptions_resumed_total",
+                "Subscriptions that were given back to clients whose connection broke, and that do not ask again themselves.",
+            )?,
             present: IntGauge::new("homeport_relay_present_peers", "Peers that are present under a topic now.")?,
             client_clocks: IntCounterVec::new(
                 Opts::new(
@@ -133,6 +138,7 @@ impl Metrics {
         registry.register(Box::new(metrics.rate_limit_hits.clone()))?;
         registry.register(Box::new(metrics.held_back.clone()))?;
         registry.register(Box::new(metrics.replayed.clone()))?;
+        registry.register(Box::new(metrics.resumed.clone()))?;
         registry.register(Box::new(metrics.present.clone()))?;
         registry.register(Box::new(metrics.client_clocks.clone()))?;
         registry.register(Box::new(metrics.client_clock_ahead.clone()))?;

@@ -97,7 +97,7 @@ mod tests {
     use crate::subscriptions::Subscriptions;
 
     fn subscription(outbox: &Arc<Outbox>) -> Arc<Subscription> {
-        Subscriptions::default().add("s", 1, Vec::new(), Box::default(), Arc::clone(outbox))
+        Subscriptions::default().add("s", 1, Arc::default(), Box::default(), Arc::clone(outbox))
     }
 
     #[test]

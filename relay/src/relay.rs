@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::neighbours::{self, NEIGHBOUR, Neighbours};
 use crate::presence::{Audience, Presence, PresentKey};
 use crate::replication::Replication;
+use crate::returning::Returning;
 use crate::server::{Limits, Page};
 use crate::store::{NotStored, Store, Stored};
 use crate::subscriptions::Subscriptions;
@@ -63,6 +64,7 @@ pub(crate) struct Relay {
     pub(crate) page: Page,
     pub(crate) recent: RecentEvents,
     pub(crate) clocks: Clocks,
+    pub(crate) returning: Returning,
     pub(crate) next_connection: AtomicU64,
     pub(crate) metrics: Metrics,
     pub(crate) stop: CancellationToken,
@@ -355,6 +357,7 @@ pub(crate) async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
         tokio::select! {
             _ = interval.tick() => {
                 relay.addresses.tidy();
+                relay.returning.tidy(Instant::now());
                 relay.presence.tidy(NEIGHBOUR, Instant::now());
             }
             _ = dials.tick() => {

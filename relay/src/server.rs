@@ -32,6 +32,7 @@ use crate::neighbours::{self, Neighbours};
 use crate::presence::{AnnounceEconomy, Presence};
 use crate::relay::{self, RecentEvents, Relay};
 use crate::replication::{self, Replication, ReplicationError};
+use crate::returning::Returning;
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::subscriptions::Subscriptions;
 
@@ -109,6 +110,8 @@ pub struct Config {
     pub public_url: Option<String>,
     /// How often announces are passed on.
     pub announces: AnnounceEconomy,
+    /// For how long it is remembered what a client of signalling asked for whose connection broke. Default 10 minutes.
+    pub resume: Duration,
     /// Whether to watch what becomes of dials. Default true.
     pub dial_ledger: bool,
     /// The page at `/` for people, and the `Content-Security-Policy` that it needs.
@@ -134,6 +137,7 @@ impl Config {
             admission: Admission::Open,
             public_url: None,
             announces: AnnounceEconomy::default(),
+            resume: Duration::from_secs(600),
             dial_ledger: true,
             page: Page::default(),
             routes: Router::new(),
@@ -243,6 +247,7 @@ impl Server {
             replication,
             recent: RecentEvents::default(),
             clocks: Clocks::default(),
+            returning: Returning::new(config.resume),
             next_connection: AtomicU64::new(1),
             metrics,
             stop: stop.clone(),

@@ -22,7 +22,7 @@ pub(crate) struct Subscription {
     serial: u64,
     /// The connection that made it.
     pub(crate) connection: u64,
-    filters: Box<[Filter]>,
+    pub(crate) filters: Arc<[Filter]>,
     /// What other relays are asked for on its behalf.
     pub(crate) followed: Box<[Subject]>,
     /// What stands before the event in a message to this subscription.
@@ -56,14 +56,14 @@ impl Subscriptions {
         &self,
         id: &str,
         connection: u64,
-        filters: Vec<Filter>,
+        filters: Arc<[Filter]>,
         followed: Box<[Subject]>,
         outbox: Arc<Outbox>,
     ) -> Arc<Subscription> {
         let subscription = Arc::new(Subscription {
             serial: self.next_serial.fetch_add(1, Ordering::Relaxed),
             connection,
-            filters: filters.into(),
+            filters,
             followed,
             prefix: relay_message::event_prefix(id).into(),
             outbox,
@@ -190,7 +190,7 @@ mod tests {
             let subscriptions = Subscriptions::default();
             let outbox = Arc::<Outbox>::default();
             let mut live: Vec<_> =
-                requests.into_iter().map(|filters| subscriptions.add("s", 1, filters, Box::default(), Arc::clone(&outbox))).collect();
+                requests.into_iter().map(|filters| subscriptions.add("s", 1, filters.into(), Box::default(), Arc::clone(&outbox))).collect();
             for index in removed {
                 if !live.is_empty() {
                     subscriptions.remove(&live.remove(index.index(live.len())));

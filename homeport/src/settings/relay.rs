@@ -53,6 +53,9 @@ pub(crate) struct RelaySettings {
     announce_budget: u32,
     /// The longest time between two announces of one peer to one subscriber.
     announce_max_interval_seconds: u64,
+    /// For how long it is remembered what a client of signalling asked for whose connection broke: some come back without asking
+    /// again. `0` remembers nothing.
+    resume_seconds: u64,
     /// Whether it is watched what becomes of offers between peers.
     dial_ledger: bool,
     /// Whether `/monitor.js` is served, and what it reports is taken.
@@ -92,6 +95,7 @@ impl Default for RelaySettings {
             min_pow_difficulty: 0,
             announce_budget: announces.budget,
             announce_max_interval_seconds: announces.max_interval.as_secs(),
+            resume_seconds: 600,
             dial_ledger: true,
             reports: true,
             status_token: None,
@@ -161,6 +165,7 @@ impl Settings {
             admission,
             public_url: self.relay_url(),
             announces,
+            resume: Duration::from_secs(self.relay.resume_seconds),
             dial_ledger: self.relay.dial_ledger,
             page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
             routes,

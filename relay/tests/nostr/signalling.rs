@@ -159,3 +159,69 @@ async fn what_clocks_say_hinders_no_live_event() {
     assert_eq!(late.hear_all().await, [json!(["EVENT", "s", last])]);
     server.shutdown().await;
 }
+
+/// A client that announces itself over a new connection under the key that it had before, but asks for nothing there.
+async fn come_back(server: &relay::Server, announce: &Value) -> Client {
+    let mut client = Client::connect(server).await;
+    client.say(json!(["EVENT", announce])).await;
+    assert_eq!(client.hear().await[2], true);
+    client
+}
+
+#[tokio::test]
+async fn who_comes_back_without_asking_again_hears_what_it_had_asked_for() {
+    let server = start(Limits::default()).await;
+    let keys = Keys::generate();
+    let now = Timestamp::now().as_secs();
+    let announce = |at: u64| signed(&keys, 20_001, at, &[&["x", "topic"]], r#"{"peerId":"old"}"#);
+    let mut client = Client::connect(&server).await;
+    client.subscribe("room", json!({ "kinds": [20_001], "#x": ["topic"] })).await;
+    client.subscribe("self", json!({ "kinds": [20_002], "#x": ["mine"] })).await;
+    client.say(json!(["EVENT", announce(now - 3)])).await;
+    while client.hear().await[0] != "OK" {}
+    // It breaks, and somebody else comes meanwhile.
+    drop(client);
+    let other = event(20_001, "topic", r#"{"peerId":"new"}"#);
+    let mut author = come_back(&server, &other).await;
+
+    let mut back = come_back(&server, &announce(now - 2)).await;
+    // Those who are present, and what is meant for it alone.
+    assert_eq!(back.hear().await, json!(["EVENT", "room", other]));
+    let offer = event(20_002, "mine", "an offer");
+    author.say(json!(["EVENT", offer])).await;
+    assert_eq!(back.hear().await, json!(["EVENT", "self", offer]));
+
+    // It had not noticed that its connection broke: the relay does not know either.
+    let mut again = come_back(&server, &announce(now - 1)).await;
+    assert_eq!(again.hear().await, json!(["EVENT", "room", other]));
+    // Who asks gets what it asks for.
+    let mut asking = Client::connect(&server).await;
+    asking.subscribe("own", json!({ "kinds": [20_003] })).await;
+    asking.say(json!(["EVENT", announce(now)])).await;
+    assert_eq!(asking.hear().await[0], "OK");
+    assert!(asking.hear_all().await.is_empty());
+    server.shutdown().await;
+}
+
+#[tokio::test]
+async fn nobody_is_given_what_another_asked_for_or_what_was_given_up() {
+    let server = start(Limits::default()).await;
+    let keys = Keys::generate();
+    let now = Timestamp::now().as_secs();
+    let announce = |at: u64| signed(&keys, 20_001, at, &[&["x", "topic"]], r#"{"peerId":"old"}"#);
+    let mut client = Client::connect(&server).await;
+    client.subscribe("room", json!({ "kinds": [20_001], "#x": ["topic"] })).await;
+    client.say(json!(["EVENT", announce(now - 3)])).await;
+    while client.hear().await[0] != "OK" {}
+    let present = come_back(&server, &event(20_001, "topic", r#"{"peerId":"new"}"#)).await;
+    // Another key; an old event of the same, which anybody may have kept.
+    for event in [event(20_001, "topic", r#"{"peerId":"another"}"#), announce(now - 3_600)] {
+        assert!(come_back(&server, &event).await.hear_all().await.is_empty());
+    }
+    // It leaves in order.
+    client.0.close(None).await.unwrap();
+    while client.frame().await.is_some_and(|frame| frame.is_ok()) {}
+    assert!(come_back(&server, &announce(now)).await.hear_all().await.is_empty());
+    drop(present);
+    server.shutdown().await;
+}
