@@ -3,6 +3,9 @@
 // deflated frames, so what is said here is short. The packages that its other strategies need are overridden in package.json by
 // one that is small: there are 600 of them.
 import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
+import { readFile } from 'node:fs/promises';
+import { join } from 'node:path';
 import { after, before, test } from 'node:test';
 import { launchChromium, openPage, servePages, until } from './lib/browser.mjs';
 import { Homeport } from './lib/homeport.mjs';
@@ -12,7 +15,7 @@ before(async () => {
   // A second relay, which pages and seed share as well.
   other = await Homeport.start();
   homeport = await Homeport.start({
-    rooms: ['notes', 'relayed', 'orphans', { name: 'secret', password: 'pw1' }],
+    rooms: ['notes', 'relayed', 'orphans', 'alone', { name: 'secret', password: 'pw1' }],
     settings: { HOMEPORT_SEED__RELAYS: JSON.stringify([other.relayUrl]) },
   });
   [pages, browser] = [await servePages(), await launchChromium()];
@@ -51,6 +54,9 @@ async function metric(name, label, wanted) {
     await new Promise(done => setTimeout(done, 50));
   }
 }
+
+/** The SHA-1 of a text, each byte in base 36 (wire §1). */
+const topicOf = text => [...createHash('sha1').update(text).digest()].map(byte => byte.toString(36)).join('');
 
 const at = (physical, logical = 1) => ({ timestamp: { physical, logical } });
 
@@ -165,6 +171,27 @@ test('a page that keeps an offer for the seed from before is linked again after 
   }
   assert.ok(await page.evaluate(() => window.offers) >= 2);
   await close(page);
+});
+
+// It subscribes once, at its start (nostr.js).
+test('a page that does not ask again after its relay was away is found by newcomers, and finds them', { timeout: 120_000 }, async () => {
+  const relayUrls = [homeport.relayUrl];
+  const page = await open('alone', { relayUrls });
+  const seed = await seedOf(page);
+  // The relay writes down what its clients ask for every five seconds.
+  const topic = topicOf(`GenosRTC@1234@graph-sync-room-alone@${(await state(page)).selfId}`);
+  const written = () => readFile(join(homeport.data, 'returning.jsonl'), 'utf8').catch(() => '');
+  for (const deadline = Date.now() + 30_000; !(await written()).includes(topic);) {
+    assert.ok(Date.now() < deadline, 'the relay wrote nothing down');
+    await new Promise(done => setTimeout(done, 50));
+  }
+  await homeport.kill();
+  await homeport.run();
+  await until(page, 'the seed again', seed => window.state.joined.filter(peer => peer === seed).length === 2, seed, 60_000);
+  const other = await open('alone', { relayUrls });
+  await Promise.all([joined(other, 2), joined(page, 3)]);
+  assert.ok(await homeport.metric('homeport_relay_subscriptions_resumed_total') >= 2);
+  await Promise.all([page, other].map(close));
 });
 
 test('when one of two relays dies, pages and seed meet over the other', async () => {

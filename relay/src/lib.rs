@@ -27,5 +27,6 @@ pub use admission::Admission;
 pub use limits::{Rates, client_address};
 pub use presence::AnnounceEconomy;
 pub use replication::{ReplicationError, STREAM as EVENT_STREAM};
+pub use returning::Resume;
 pub use server::{Config, Limits, Page, ServedRooms, Server, StartError};
 pub use store::{StoreConfig, StoreError};

@@ -27,6 +27,9 @@ use crate::subscriptions::Subscriptions;
 /// How often addresses that have gone quiet are forgotten.
 const TIDY_INTERVAL: Duration = Duration::from_secs(60);
 
+/// How often it is written down who may come back after a restart.
+const SAVE_INTERVAL: Duration = Duration::from_secs(5);
+
 /// How often dials whose time is over are counted.
 const DIALS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -353,6 +356,7 @@ fn class_of(event: &Event<'_>) -> &'static str {
 pub(crate) async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
     let mut interval = tokio::time::interval(TIDY_INTERVAL);
     let mut dials = tokio::time::interval(DIALS_INTERVAL);
+    let mut save = tokio::time::interval(SAVE_INTERVAL);
     loop {
         tokio::select! {
             _ = interval.tick() => {
@@ -365,7 +369,16 @@ pub(crate) async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
                     relay.metrics.count_dials(&dials.expire(Instant::now()));
                 }
             }
+            _ = save.tick() => save_returning(&relay).await,
             () = stop.cancelled() => return,
         }
+    }
+}
+
+/// Writes down who may come back after a restart.
+pub(crate) async fn save_returning(relay: &Arc<Relay>) {
+    let relay = Arc::clone(relay);
+    if tokio::task::spawn_blocking(move || relay.returning.save()).await.is_err() {
+        tracing::error!("writing down who is connected had panicked");
     }
 }

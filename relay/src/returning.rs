@@ -7,7 +7,12 @@
 //! That is a deviation from NIP-01, where subscriptions end with their connection. It concerns signalling alone, that is
 //! subscriptions to nothing but ephemeral kinds, and nobody who asks anew.
 
+mod file;
+
 use std::collections::HashMap;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +22,8 @@ use crate::filter::Filter;
 const MAX_AUTHORS: usize = 50_000;
 /// Who has more subscriptions than a page of some rooms is no such client.
 const MAX_SUBSCRIPTIONS: usize = 32;
+/// The number of no connection.
+const NOBODY: u64 = 0;
 /// Kinds and values of one filter that are remembered, at most.
 const MAX_VALUES: usize = 64;
 
@@ -32,18 +39,76 @@ struct Remembered {
     broke: Option<Instant>,
 }
 
+/// How clients are remembered that may come back without asking again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resume {
+    /// For how long after their connection broke; zero remembers nobody. Default 10 minutes.
+    pub patience: Duration,
+    /// Where they stand for a relay that is started anew, if its folder is there. Default none.
+    pub file: Option<PathBuf>,
+}
+
+impl Default for Resume {
+    fn default() -> Self {
+        Self { patience: Duration::from_secs(600), file: None }
+    }
+}
+
 /// What authors asked for that may come back.
 #[derive(Debug)]
 pub(crate) struct Returning {
-    /// For how long after a connection broke.
     patience: Duration,
+    file: Option<PathBuf>,
     authors: Mutex<HashMap<[u8; 32], Remembered>>,
+    /// Whether the file does not say what is remembered.
+    is_changed: AtomicBool,
+    /// Whether the file could not be written when that was last tried.
+    has_failed: AtomicBool,
 }
 
 impl Returning {
-    /// Remembers authors for so long after their connection broke; zero remembers nobody.
-    pub(crate) fn new(patience: Duration) -> Self {
-        Self { patience, authors: Mutex::default() }
+    /// Remembers authors, those of the file included: their connections broke `now`. `clock_skew` is that of filters, in seconds.
+    pub(crate) fn new(Resume { patience, file }: Resume, clock_skew: u64, now: Instant) -> Self {
+        let file = file.filter(|_| !patience.is_zero());
+        let read = file.as_ref().map(|file| (file, file::read(file, clock_skew)));
+        let known = match read {
+            Some((file, Err(error))) if error.kind() != ErrorKind::NotFound => {
+                tracing::warn!(%error, file = %file.display(), "clients that were here before are not known: the file cannot be read");
+                Vec::new()
+            }
+            Some((_, known)) => known.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let remembered = |(author, asked)| (author, Remembered { connection: NOBODY, asked, broke: Some(now) });
+        Self {
+            patience,
+            file,
+            authors: Mutex::new(known.into_iter().take(MAX_AUTHORS).map(remembered).collect()),
+            is_changed: AtomicBool::new(false),
+            has_failed: AtomicBool::new(false),
+        }
+    }
+
+    /// Brings the file up to date. Waits for the disk.
+    pub(crate) fn save(&self) {
+        // Who keeps nothing else there does not want a folder for this.
+        let Some(file) = self.file.as_ref().filter(|file| file.parent().is_some_and(Path::is_dir)) else { return };
+        if !self.is_changed.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let authors: Vec<([u8; 32], Asked)> =
+            self.authors().iter().map(|(author, known)| (*author, known.asked.clone())).collect();
+        let written = file::write(file, &authors);
+        if self.has_failed.swap(written.is_err(), Ordering::AcqRel) == written.is_err() {
+            return;
+        }
+        if let Err(error) = written {
+            tracing::warn!(%error, file = %file.display(), "who is connected cannot be written down for after a restart");
+        }
+    }
+
+    fn change(&self) {
+        self.is_changed.store(true, Ordering::Release);
     }
 
     fn authors(&self) -> MutexGuard<'_, HashMap<[u8; 32], Remembered>> {
@@ -58,9 +123,12 @@ impl Returning {
             || asked.len() > MAX_SUBSCRIPTIONS
             || !asked.iter().all(|(_, filters)| is_signalling(filters))
         {
-            authors.remove(&author);
+            if authors.remove(&author).is_some() {
+                self.change();
+            }
         } else if !self.patience.is_zero() && (is_known || authors.len() < MAX_AUTHORS) {
             authors.insert(author, Remembered { connection, asked, broke: None });
+            self.change();
         }
     }
 
@@ -71,6 +139,7 @@ impl Returning {
             known.broke = Some(now);
             if in_order {
                 authors.remove(author);
+                self.change();
             }
         }
     }
@@ -89,7 +158,11 @@ impl Returning {
     /// Forgets who has not come back.
     pub(crate) fn tidy(&self, now: Instant) {
         let mut authors = self.authors();
+        let before = authors.len();
         authors.retain(|_, known| !self.is_over(known, now));
+        if authors.len() < before {
+            self.change();
+        }
         if authors.len() < authors.capacity() / 4 {
             authors.shrink_to_fit();
         }
@@ -101,9 +174,12 @@ fn is_signalling(filters: &[Filter]) -> bool {
     filters.iter().all(|filter| {
         let values: usize = filter.tags.iter().map(|(_, values)| values.len()).sum();
         let kinds = filter.kinds.as_ref();
-        kinds.is_some_and(|kinds| {
-            kinds.iter().all(|kind| (20_000..30_000).contains(kind)) && kinds.len() + values <= MAX_VALUES
-        })
+        let is_plain =
+            filter.ids.is_none() && filter.authors.is_none() && filter.until.is_none() && filter.limit.is_none();
+        is_plain
+            && kinds.is_some_and(|kinds| {
+                kinds.iter().all(|kind| (20_000..30_000).contains(kind)) && kinds.len() + values <= MAX_VALUES
+            })
     })
 }
 
@@ -114,15 +190,24 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(600);
     const AUTHOR: [u8; 32] = [1; 32];
+    const CLOCK_SKEW: u64 = 60;
+
+    fn remembering(patience: Duration) -> Returning {
+        Returning::new(Resume { patience, file: None }, CLOCK_SKEW, Instant::now())
+    }
 
     fn asked(kinds: &[u16]) -> Asked {
-        let filter = Filter { kinds: Some(OneOf::from_iter(kinds.iter().copied())), ..Filter::default() };
+        let filter = Filter {
+            kinds: Some(OneOf::from_iter(kinds.iter().copied())),
+            clock_skew: CLOCK_SKEW,
+            ..Filter::default()
+        };
         vec![("s".into(), vec![filter].into())]
     }
 
     #[test]
     fn who_comes_back_in_time_is_known_and_who_left_in_order_is_not() {
-        let (returning, now) = (Returning::new(PATIENCE), Instant::now());
+        let (returning, now) = (remembering(PATIENCE), Instant::now());
         returning.note(AUTHOR, 1, asked(&[20_001]));
         // A broken connection may not be known as such yet.
         assert_eq!(returning.asked_by(&AUTHOR, now), asked(&[20_001]));
@@ -139,7 +224,7 @@ mod tests {
 
     #[test]
     fn what_an_earlier_connection_does_is_of_no_matter() {
-        let (returning, now) = (Returning::new(PATIENCE), Instant::now());
+        let (returning, now) = (remembering(PATIENCE), Instant::now());
         returning.note(AUTHOR, 1, asked(&[20_001]));
         returning.note(AUTHOR, 2, asked(&[20_002]));
         returning.left(&AUTHOR, 1, true, now);
@@ -148,9 +233,30 @@ mod tests {
     }
 
     #[test]
+    fn a_relay_that_is_started_anew_knows_who_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let resume = |name: &str| Resume { patience: PATIENCE, file: Some(folder.path().join(name)) };
+        let now = Instant::now();
+        let first = Returning::new(resume("returning.jsonl"), CLOCK_SKEW, now);
+        first.note(AUTHOR, 1, asked(&[20_001]));
+        first.note([2; 32], 2, asked(&[20_001]));
+        first.left(&[2; 32], 2, true, now);
+        first.save();
+        let second = Returning::new(resume("returning.jsonl"), CLOCK_SKEW, now);
+        assert_eq!(second.asked_by(&AUTHOR, now + PATIENCE), asked(&[20_001]));
+        assert_eq!(second.asked_by(&[2; 32], now), Asked::new());
+        assert_eq!(second.asked_by(&AUTHOR, now + PATIENCE * 2), Asked::new());
+        // No folder is made for it.
+        let elsewhere = Returning::new(resume("folder/returning.jsonl"), CLOCK_SKEW, now);
+        elsewhere.note(AUTHOR, 1, asked(&[20_001]));
+        elsewhere.save();
+        assert!(!folder.path().join("folder").exists());
+    }
+
+    #[test]
     fn only_signalling_is_remembered_and_only_with_patience() {
         let now = Instant::now();
-        let returning = Returning::new(PATIENCE);
+        let returning = remembering(PATIENCE);
         let many = Asked::from_iter(std::iter::repeat_n(asked(&[20_001]).remove(0), MAX_SUBSCRIPTIONS + 1));
         let unbound = vec![("s".into(), vec![Filter::default()].into())];
         for other in [asked(&[1]), asked(&[20_001, 30_000]), many, unbound, Asked::new()] {
@@ -158,7 +264,7 @@ mod tests {
             returning.note(AUTHOR, 1, other);
             assert_eq!(returning.asked_by(&AUTHOR, now), Asked::new());
         }
-        let impatient = Returning::new(Duration::ZERO);
+        let impatient = remembering(Duration::ZERO);
         impatient.note(AUTHOR, 1, asked(&[20_001]));
         assert_eq!(impatient.asked_by(&AUTHOR, now), Asked::new());
     }

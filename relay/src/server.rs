@@ -32,7 +32,7 @@ use crate::neighbours::{self, Neighbours};
 use crate::presence::{AnnounceEconomy, Presence};
 use crate::relay::{self, RecentEvents, Relay};
 use crate::replication::{self, Replication, ReplicationError};
-use crate::returning::Returning;
+use crate::returning::{Resume, Returning};
 use crate::store::{Store, StoreConfig, StoreError};
 use crate::subscriptions::Subscriptions;
 
@@ -110,8 +110,8 @@ pub struct Config {
     pub public_url: Option<String>,
     /// How often announces are passed on.
     pub announces: AnnounceEconomy,
-    /// For how long it is remembered what a client of signalling asked for whose connection broke. Default 10 minutes.
-    pub resume: Duration,
+    /// What is remembered of clients of signalling whose connection broke.
+    pub resume: Resume,
     /// Whether to watch what becomes of dials. Default true.
     pub dial_ledger: bool,
     /// The page at `/` for people, and the `Content-Security-Policy` that it needs.
@@ -137,7 +137,7 @@ impl Config {
             admission: Admission::Open,
             public_url: None,
             announces: AnnounceEconomy::default(),
-            resume: Duration::from_secs(600),
+            resume: Resume::default(),
             dial_ledger: true,
             page: Page::default(),
             routes: Router::new(),
@@ -232,6 +232,7 @@ impl Server {
         let (neighbours, to_neighbours) = neighbours.unzip();
         let neighbours = neighbours.map(Arc::new);
         let relay = Arc::new(Relay {
+            returning: Returning::new(config.resume, config.limits.clock_skew_seconds, Instant::now()),
             limits: config.limits,
             rates: config.rates,
             addresses: Arc::new(AddressLimits::new(&config.rates, proxy_header.is_none())),
@@ -247,7 +248,6 @@ impl Server {
             replication,
             recent: RecentEvents::default(),
             clocks: Clocks::default(),
-            returning: Returning::new(config.resume),
             next_connection: AtomicU64::new(1),
             metrics,
             stop: stop.clone(),
@@ -316,6 +316,7 @@ impl Server {
         if tokio::time::timeout(DRAIN, self.connections.wait()).await.is_err() {
             tracing::debug!(left = self.connections.len(), "clients did not take their goodbye in time");
         }
+        relay::save_returning(&self.relay).await;
         self.task.abort();
         match self.task.await {
             Ok(Err(error)) => tracing::warn!(%error, "the relay's listener had failed"),

@@ -165,7 +165,10 @@ impl Settings {
             admission,
             public_url: self.relay_url(),
             announces,
-            resume: Duration::from_secs(self.relay.resume_seconds),
+            resume: relay::Resume {
+                patience: Duration::from_secs(self.relay.resume_seconds),
+                file: Some(self.seed.data.join("returning.jsonl")),
+            },
             dial_ledger: self.relay.dial_ledger,
             page: relay::Page { html: status::PAGE, content_security_policy: status::CONTENT_SECURITY_POLICY },
             routes,
