@@ -140,7 +140,7 @@ struct Connection {
     /// Present peers that new subscriptions are still to hear of.
     replays: VecDeque<(Arc<Subscription>, PresentKey)>,
     malformed: usize,
-    /// Who speaks over this connection, once it has been proven by an event.
+    /// Who spoke over this connection first, and speaks there now.
     author: Option<[u8; 32]>,
     /// Whether the client has subscribed to anything, or was given back what it had.
     has_asked: bool,
@@ -289,22 +289,19 @@ impl Connection {
             }
         };
         self.send_text(relay_message::ok(&hex::encode(event.id), accepted, &reason)).await?;
-        if is_new && self.author != Some(event.pubkey) {
-            Box::pin(self.met(event)).await
-        } else {
-            ControlFlow::Continue(())
-        }
+        if is_new && self.author.is_none() { Box::pin(self.met(event)).await } else { ControlFlow::Continue(()) }
     }
 
     /// An author speaks over this connection for the first time. If that is one who has come back without asking again, it is
     /// given what it asked for before.
     async fn met(&mut self, event: &Event<'_>) -> ControlFlow<End> {
-        let author = event.pubkey;
-        self.forget_author(false);
-        self.author = Some(author);
         // Whoever repeats an old event of another's is not that author.
-        let is_now = event.created_at.abs_diff(unix_now()) <= self.relay.limits.clock_skew_seconds;
-        if is_now && !self.has_asked {
+        if event.created_at.abs_diff(unix_now()) > self.relay.limits.clock_skew_seconds {
+            return ControlFlow::Continue(());
+        }
+        let author = event.pubkey;
+        self.author = Some(author);
+        if !self.has_asked {
             for (id, filters) in self.relay.returning.asked_by(&author, std::time::Instant::now()) {
                 self.has_asked = true;
                 self.relay.metrics.resumed.inc();
@@ -321,13 +318,6 @@ impl Connection {
             let asked = |(id, open): (&String, &Arc<Subscription>)| (id.as_str().into(), Arc::clone(&open.filters));
             let asked: Asked = self.subscriptions.iter().map(asked).collect();
             self.relay.returning.note(author, self.number, asked);
-        }
-    }
-
-    /// The author who spoke here does so no longer.
-    fn forget_author(&mut self, in_order: bool) {
-        if let Some(author) = self.author.take() {
-            self.relay.returning.left(&author, self.number, in_order, std::time::Instant::now());
         }
     }
 
@@ -519,7 +509,9 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.forget_author(self.said_goodbye);
+        if let Some(author) = &self.author {
+            self.relay.returning.left(author, self.number, self.said_goodbye, std::time::Instant::now());
+        }
         let ids: Vec<String> = self.subscriptions.keys().cloned().collect();
         for id in ids {
             self.unsubscribe(&id);

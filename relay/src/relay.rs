@@ -369,16 +369,16 @@ pub(crate) async fn tidy(relay: Arc<Relay>, stop: CancellationToken) {
                     relay.metrics.count_dials(&dials.expire(Instant::now()));
                 }
             }
-            _ = save.tick() => save_returning(&relay).await,
+            _ = save.tick() => save_returning(&relay, false).await,
             () = stop.cancelled() => return,
         }
     }
 }
 
-/// Writes down who may come back after a restart.
-pub(crate) async fn save_returning(relay: &Arc<Relay>) {
+/// Writes down who may come back after a restart: when it is time, or `at_once`.
+pub(crate) async fn save_returning(relay: &Arc<Relay>, at_once: bool) {
     let relay = Arc::clone(relay);
-    if tokio::task::spawn_blocking(move || relay.returning.save()).await.is_err() {
+    if tokio::task::spawn_blocking(move || relay.returning.save(Instant::now(), at_once)).await.is_err() {
         tracing::error!("writing down who is connected had panicked");
     }
 }

@@ -12,20 +12,25 @@ mod file;
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::filter::Filter;
 
-/// Authors that are remembered, at most; more have to ask again.
+/// Authors that are remembered, at most, and what they asked for, in bytes; more have to ask again.
 const MAX_AUTHORS: usize = 50_000;
-/// Who has more subscriptions than a page of some rooms is no such client.
+const MAX_BYTES: usize = 32 << 20;
+/// What one author asked for, at most: who has more than a page of some rooms is no such client.
 const MAX_SUBSCRIPTIONS: usize = 32;
+const MAX_BYTES_OF_ONE: usize = 4 << 10;
+/// Kinds and values of one filter, at most.
+const MAX_VALUES: usize = 64;
+/// What a subscription takes besides its name and values, in bytes.
+const SUBSCRIPTION_BYTES: usize = 100;
 /// The number of no connection.
 const NOBODY: u64 = 0;
-/// Kinds and values of one filter that are remembered, at most.
-const MAX_VALUES: usize = 64;
+/// The file is written so seldom that the disk takes no more than this a second.
+const BYTES_A_SECOND: u64 = 100_000;
 
 /// What a client asked for: names of subscriptions, and their filters.
 pub(crate) type Asked = Vec<(Box<str>, Arc<[Filter]>)>;
@@ -37,6 +42,35 @@ struct Remembered {
     asked: Asked,
     /// When that connection broke, if it has.
     broke: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    authors: HashMap<[u8; 32], Remembered>,
+    /// What all of them asked for.
+    bytes: usize,
+    /// Whether the file does not say what is remembered.
+    is_changed: bool,
+}
+
+impl State {
+    /// Puts an author in, if there is room.
+    fn put(&mut self, author: [u8; 32], remembered: Remembered) {
+        self.remove(&author);
+        let bytes = self.bytes + bytes_of(&remembered.asked);
+        if self.authors.len() < MAX_AUTHORS && bytes <= MAX_BYTES {
+            self.bytes = bytes;
+            self.authors.insert(author, remembered);
+            self.is_changed = true;
+        }
+    }
+
+    fn remove(&mut self, author: &[u8; 32]) {
+        if let Some(gone) = self.authors.remove(author) {
+            self.bytes -= bytes_of(&gone.asked);
+            self.is_changed = true;
+        }
+    }
 }
 
 /// How clients are remembered that may come back without asking again.
@@ -59,11 +93,16 @@ impl Default for Resume {
 pub(crate) struct Returning {
     patience: Duration,
     file: Option<PathBuf>,
-    authors: Mutex<HashMap<[u8; 32], Remembered>>,
-    /// Whether the file does not say what is remembered.
-    is_changed: AtomicBool,
-    /// Whether the file could not be written when that was last tried.
-    has_failed: AtomicBool,
+    state: Mutex<State>,
+    saving: Mutex<Saving>,
+}
+
+/// How writing the file goes.
+#[derive(Debug)]
+struct Saving {
+    next: Instant,
+    /// Whether it could not be written when that was last tried.
+    has_failed: bool,
 }
 
 impl Returning {
@@ -79,75 +118,74 @@ impl Returning {
             Some((_, known)) => known.unwrap_or_default(),
             None => Vec::new(),
         };
-        let remembered = |(author, asked)| (author, Remembered { connection: NOBODY, asked, broke: Some(now) });
-        Self {
-            patience,
-            file,
-            authors: Mutex::new(known.into_iter().take(MAX_AUTHORS).map(remembered).collect()),
-            is_changed: AtomicBool::new(false),
-            has_failed: AtomicBool::new(false),
+        let mut state = State::default();
+        for (author, asked) in known {
+            state.put(author, Remembered { connection: NOBODY, asked, broke: Some(now) });
         }
+        let saving = Mutex::new(Saving { next: now, has_failed: false });
+        Self { patience, file, state: Mutex::new(state), saving }
     }
 
-    /// Brings the file up to date. Waits for the disk.
-    pub(crate) fn save(&self) {
+    /// Brings the file up to date: when it is time, or `at_once`. Waits for the disk.
+    pub(crate) fn save(&self, now: Instant, at_once: bool) {
         // Who keeps nothing else there does not want a folder for this.
         let Some(file) = self.file.as_ref().filter(|file| file.parent().is_some_and(Path::is_dir)) else { return };
-        if !self.is_changed.swap(false, Ordering::AcqRel) {
+        let mut saving = self.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
+        if !state.is_changed || now < saving.next && !at_once {
             return;
         }
+        state.is_changed = false;
         let authors: Vec<([u8; 32], Asked)> =
-            self.authors().iter().map(|(author, known)| (*author, known.asked.clone())).collect();
+            state.authors.iter().map(|(author, known)| (*author, known.asked.clone())).collect();
+        drop(state);
         let written = file::write(file, &authors);
-        if self.has_failed.swap(written.is_err(), Ordering::AcqRel) == written.is_err() {
-            return;
-        }
-        if let Err(error) = written {
-            tracing::warn!(%error, file = %file.display(), "who is connected cannot be written down for after a restart");
+        let had_failed = std::mem::replace(&mut saving.has_failed, written.is_err());
+        match written {
+            Ok(bytes) => saving.next = now + Duration::from_secs(bytes / BYTES_A_SECOND),
+            Err(_) if had_failed => {}
+            Err(error) => {
+                tracing::warn!(%error, file = %file.display(), "who is connected cannot be written down for after a restart");
+            }
         }
     }
 
-    fn change(&self) {
-        self.is_changed.store(true, Ordering::Release);
-    }
-
-    fn authors(&self) -> MutexGuard<'_, HashMap<[u8; 32], Remembered>> {
-        self.authors.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// An author who speaks over `connection` asks for this there.
     pub(crate) fn note(&self, author: [u8; 32], connection: u64, asked: Asked) {
-        let mut authors = self.authors();
-        let is_known = authors.contains_key(&author);
-        if asked.is_empty()
-            || asked.len() > MAX_SUBSCRIPTIONS
-            || !asked.iter().all(|(_, filters)| is_signalling(filters))
-        {
-            if authors.remove(&author).is_some() {
-                self.change();
-            }
-        } else if !self.patience.is_zero() && (is_known || authors.len() < MAX_AUTHORS) {
-            authors.insert(author, Remembered { connection, asked, broke: None });
-            self.change();
+        if self.patience.is_zero() {
+            return;
+        }
+        let is_such_a_client = !asked.is_empty()
+            && asked.len() <= MAX_SUBSCRIPTIONS
+            && asked.iter().all(|(_, filters)| is_signalling(filters))
+            && bytes_of(&asked) <= MAX_BYTES_OF_ONE;
+        let mut state = self.state();
+        if is_such_a_client {
+            state.put(author, Remembered { connection, asked, broke: None });
+        } else {
+            state.remove(&author);
         }
     }
 
     /// The connection of an author has ended: in order, with a goodbye, or it broke.
     pub(crate) fn left(&self, author: &[u8; 32], connection: u64, in_order: bool, now: Instant) {
-        let mut authors = self.authors();
-        if let Some(known) = authors.get_mut(author).filter(|known| known.connection == connection) {
+        let mut state = self.state();
+        if let Some(known) = state.authors.get_mut(author).filter(|known| known.connection == connection) {
             known.broke = Some(now);
             if in_order {
-                authors.remove(author);
-                self.change();
+                state.remove(author);
             }
         }
     }
 
     /// What an author asked for elsewhere, where the connection broke or may yet turn out to be broken.
     pub(crate) fn asked_by(&self, author: &[u8; 32], now: Instant) -> Asked {
-        let authors = self.authors();
-        let known = authors.get(author).filter(|known| !self.is_over(known, now));
+        let state = self.state();
+        let known = state.authors.get(author).filter(|known| !self.is_over(known, now));
         known.map(|known| known.asked.clone()).unwrap_or_default()
     }
 
@@ -157,16 +195,27 @@ impl Returning {
 
     /// Forgets who has not come back.
     pub(crate) fn tidy(&self, now: Instant) {
-        let mut authors = self.authors();
-        let before = authors.len();
-        authors.retain(|_, known| !self.is_over(known, now));
-        if authors.len() < before {
-            self.change();
+        let mut state = self.state();
+        let over = state.authors.iter().filter(|(_, known)| self.is_over(known, now));
+        for author in over.map(|(author, _)| *author).collect::<Vec<_>>() {
+            state.remove(&author);
         }
-        if authors.len() < authors.capacity() / 4 {
-            authors.shrink_to_fit();
+        if state.authors.len() < state.authors.capacity() / 4 {
+            state.authors.shrink_to_fit();
         }
     }
+}
+
+/// What it takes to remember this, about.
+fn bytes_of(asked: &Asked) -> usize {
+    let of_filter = |filter: &Filter| {
+        let kinds = filter.kinds.as_ref().map_or(0, |kinds| 2 * kinds.len());
+        kinds + filter.tags.iter().flat_map(|(_, values)| values.iter()).map(|value| value.len() + 16).sum::<usize>()
+    };
+    let of = |(id, filters): &(Box<str>, Arc<[Filter]>)| {
+        id.len() + SUBSCRIPTION_BYTES + filters.iter().map(of_filter).sum::<usize>()
+    };
+    asked.iter().map(of).sum()
 }
 
 /// Whether filters ask for ephemeral kinds alone, and not for too many.
@@ -215,7 +264,7 @@ mod tests {
         assert_eq!(returning.asked_by(&AUTHOR, now + PATIENCE), asked(&[20_001]));
         assert_eq!(returning.asked_by(&AUTHOR, now + PATIENCE * 2), Asked::new());
         returning.tidy(now + PATIENCE * 2);
-        assert!(returning.authors().is_empty());
+        assert!(returning.state().authors.is_empty() && returning.state().bytes == 0);
 
         returning.note(AUTHOR, 2, asked(&[20_001]));
         returning.left(&AUTHOR, 2, true, now);
@@ -241,7 +290,7 @@ mod tests {
         first.note(AUTHOR, 1, asked(&[20_001]));
         first.note([2; 32], 2, asked(&[20_001]));
         first.left(&[2; 32], 2, true, now);
-        first.save();
+        first.save(now, false);
         let second = Returning::new(resume("returning.jsonl"), CLOCK_SKEW, now);
         assert_eq!(second.asked_by(&AUTHOR, now + PATIENCE), asked(&[20_001]));
         assert_eq!(second.asked_by(&[2; 32], now), Asked::new());
@@ -249,8 +298,23 @@ mod tests {
         // No folder is made for it.
         let elsewhere = Returning::new(resume("folder/returning.jsonl"), CLOCK_SKEW, now);
         elsewhere.note(AUTHOR, 1, asked(&[20_001]));
-        elsewhere.save();
+        elsewhere.save(now, true);
         assert!(!folder.path().join("folder").exists());
+    }
+
+    #[test]
+    fn what_is_remembered_has_a_bound() {
+        let returning = remembering(PATIENCE);
+        let name: Box<str> = "s".repeat(MAX_BYTES_OF_ONE - 500).into();
+        for number in 0..20_000_u32 {
+            let mut author = [0; 32];
+            author[..4].copy_from_slice(&number.to_le_bytes());
+            returning.note(author, 1, vec![(name.clone(), asked(&[20_001]).remove(0).1)]);
+        }
+        let state = returning.state();
+        let sum: usize = state.authors.values().map(|known| bytes_of(&known.asked)).sum();
+        assert_eq!(state.bytes, sum);
+        assert!(state.bytes <= MAX_BYTES && state.authors.len() > 5_000, "{}", state.authors.len());
     }
 
     #[test]
@@ -259,7 +323,8 @@ mod tests {
         let returning = remembering(PATIENCE);
         let many = Asked::from_iter(std::iter::repeat_n(asked(&[20_001]).remove(0), MAX_SUBSCRIPTIONS + 1));
         let unbound = vec![("s".into(), vec![Filter::default()].into())];
-        for other in [asked(&[1]), asked(&[20_001, 30_000]), many, unbound, Asked::new()] {
+        let large = vec![("s".repeat(MAX_BYTES_OF_ONE).into(), asked(&[20_001]).remove(0).1)];
+        for other in [asked(&[1]), asked(&[20_001, 30_000]), many, unbound, large, Asked::new()] {
             returning.note(AUTHOR, 1, asked(&[20_001]));
             returning.note(AUTHOR, 1, other);
             assert_eq!(returning.asked_by(&AUTHOR, now), Asked::new());

@@ -316,7 +316,7 @@ impl Server {
         if tokio::time::timeout(DRAIN, self.connections.wait()).await.is_err() {
             tracing::debug!(left = self.connections.len(), "clients did not take their goodbye in time");
         }
-        relay::save_returning(&self.relay).await;
+        relay::save_returning(&self.relay, true).await;
         self.task.abort();
         match self.task.await {
             Ok(Err(error)) => tracing::warn!(%error, "the relay's listener had failed"),

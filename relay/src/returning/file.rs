@@ -22,8 +22,9 @@ struct Line {
     asked: Vec<(Box<str>, Vec<Value>)>,
 }
 
-/// Puts a new file in the place of the one at `path`, which only its owner may read. One that is cut off is not put there.
-pub(super) fn write(path: &Path, authors: &[([u8; 32], Asked)]) -> std::io::Result<()> {
+/// Puts a new file in the place of the one at `path`, which only its owner may read; returns its length. One that is cut off is
+/// not put there.
+pub(super) fn write(path: &Path, authors: &[([u8; 32], Asked)]) -> std::io::Result<u64> {
     let partial = path.with_extension("partial");
     let mut file =
         BufWriter::new(OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&partial)?);
@@ -36,7 +37,9 @@ pub(super) fn write(path: &Path, authors: &[([u8; 32], Asked)]) -> std::io::Resu
         file.write_all(b"\n")?;
     }
     file.flush()?;
-    fs::rename(partial, path)
+    let length = file.get_ref().metadata()?.len();
+    fs::rename(partial, path)?;
+    Ok(length)
 }
 
 /// Reads a file. Lines that are none are passed over: they come from somewhere else.
