@@ -143,9 +143,12 @@ impl Returning {
         let had_failed = std::mem::replace(&mut saving.has_failed, written.is_err());
         match written {
             Ok(bytes) => saving.next = now + Duration::from_secs(bytes / BYTES_A_SECOND),
-            Err(_) if had_failed => {}
             Err(error) => {
-                tracing::warn!(%error, file = %file.display(), "who is connected cannot be written down for after a restart");
+                // It is tried again, whether something changes or not; a person is told once.
+                self.state().is_changed = true;
+                if !had_failed {
+                    tracing::warn!(%error, file = %file.display(), "who is connected cannot be written down for after a restart");
+                }
             }
         }
     }
@@ -295,6 +298,15 @@ mod tests {
         assert_eq!(second.asked_by(&AUTHOR, now + PATIENCE), asked(&[20_001]));
         assert_eq!(second.asked_by(&[2; 32], now), Asked::new());
         assert_eq!(second.asked_by(&AUTHOR, now + PATIENCE * 2), Asked::new());
+        // A disk that refuses is tried again, though nothing changes.
+        let refused = Returning::new(resume("refused"), CLOCK_SKEW, now);
+        std::fs::create_dir(folder.path().join("refused")).unwrap();
+        refused.note(AUTHOR, 1, asked(&[20_001]));
+        refused.save(now, false);
+        std::fs::remove_dir(folder.path().join("refused")).unwrap();
+        refused.save(now, false);
+        let third = Returning::new(resume("refused"), CLOCK_SKEW, now);
+        assert_eq!(third.asked_by(&AUTHOR, now), asked(&[20_001]));
         // No folder is made for it.
         let elsewhere = Returning::new(resume("folder/returning.jsonl"), CLOCK_SKEW, now);
         elsewhere.note(AUTHOR, 1, asked(&[20_001]));
